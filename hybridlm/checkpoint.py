@@ -1,0 +1,309 @@
+"""A model's folder: `config.json`, `model.safetensors`, `tokenizer/`, `text.model`, `README.md`.
+
+A folder is written whole beside its place and moved there file by file, so a full disk leaves the old one as it was.
+Only JSON, safetensors and sentencepiece files are read: nothing that could run code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hybridlm.config import ModelConfig
+from hybridlm.model import HybridLM
+from tokenizer.errors import UserError
+from tokenizer.frames import Tokenizer
+from tokenizer.loading import load_tokenizer
+from tokenizer.settings import from_mapping
+from tokenizer.text import TextTokenizer
+
+FORMAT_VERSION = 1
+BOX = "box"
+BOX_FOLDER = Path(__file__).parent / "box"
+FILES = ("config.json", "model.safetensors", "tokenizer/config.json", "text.model")
+LAYOUT = "config.json, model.safetensors, tokenizer/, text.model, README.md"
+
+
+class Checkpoint(NamedTuple):
+    """What a model's folder holds."""
+
+    model: HybridLM
+    tokenizer: Tokenizer
+    text: TextTokenizer
+
+
+def resolve(name_or_dir: str | Path) -> Path:
+    """The folder of a model: "box" is the one inside the package, a path is itself, else a Hugging Face hub id.
+
+    Raises:
+        UserError: when there is no such folder and the hub can't be reached or doesn't know the name.
+    """
+    if str(name_or_dir) == BOX:
+        if not BOX_FOLDER.is_dir():
+            raise UserError(f"model 'box' is missing: this installation has no {BOX_FOLDER}; reinstall hybridlm")
+        return BOX_FOLDER
+    folder = Path(name_or_dir)
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise UserError(f"model {str(name_or_dir)!r} is a file; give the folder with {LAYOUT}")
+    if str(name_or_dir).count("/") != 1 or str(name_or_dir).startswith((".", "/", "~")):
+        raise UserError(f"no such model folder: {str(name_or_dir)!r}; give a folder with {LAYOUT}, or 'box'")
+    return _download(str(name_or_dir))
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.model", "*.md"]))
+    except Exception as error:  # whatever the network and the hub's client raise, the remedy is the same
+        reason = type(error).__name__
+        raise UserError(
+            f"model {hub_id!r} is no folder here and could not be had from the Hugging Face hub ({reason}); "
+            f"offline, put {LAYOUT} into a folder and give its path"
+        ) from error
+
+
+def resolve_device(name: str | None) -> torch.device:
+    """The device of that name; None for CUDA where there is one, else the CPU.
+
+    Raises:
+        UserError: for a name torch doesn't know, and for CUDA where there is none.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device={name!r} is no device; use cpu, cuda, cuda:1 or mps") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device={name!r} is not there: {torch.cuda.device_count()} CUDA devices found; use cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"device={name!r} is not there: no Metal device found; use cpu")
+    return device
+
+
+def save_model(
+    folder: str | Path,
+    model: HybridLM,
+    tokenizer: Tokenizer,
+    text: TextTokenizer,
+    *,
+    card: str | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """Write a model's folder; the one that was there stays whole until the new one is complete.
+
+    Args:
+        folder: Where; made where missing.
+        model: Its weights are rounded to `dtype` on disk, not in memory.
+        tokenizer: What made the frames the model was trained on; its fingerprint is kept and compared on loading.
+        text: The text pieces and tags of the prefix.
+        card: The model card, in Markdown.
+        dtype: Of the weights on disk.
+
+    Raises:
+        UserError: when the folder can't be written or the disk is full.
+    """
+    folder = Path(folder)
+    weights = {
+        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).clone()
+        for name, tensor in model.state_dict().items()
+    }
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        try:
+            tokenizer.save(staging / "tokenizer")
+            text.save(staging / "text.model")
+            fingerprint = _fingerprint(weights)
+            config = {
+                "format": "hybridlm",
+                "format_version": FORMAT_VERSION,
+                "model": dataclasses.asdict(model.config),
+                "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint()},
+                "tags": list(text.tags),
+                "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+                "weights": fingerprint,
+            }
+            (staging / "README.md").write_text(card or default_card(config), encoding="utf-8")
+            save_file(weights, staging / "model.safetensors", metadata={"weights": fingerprint})
+            (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            _move_into_place(staging, folder)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"can't write the model folder {str(folder)!r} ({reason}); make room or choose another folder; "
+            "what was there before is unchanged"
+        ) from error
+
+
+def _move_into_place(staging: Path, folder: Path) -> None:
+    """Rename the files one by one, `config.json` last: a folder cut off in between is told from a whole one."""
+    for file in staging.rglob("*"):
+        if file.is_file():
+            with file.open("r+b") as handle:
+                os.fsync(handle.fileno())
+    with suppress(OSError):  # a name that is free takes the whole folder in one step
+        staging.chmod(0o755)
+        staging.rename(folder)
+        return
+    files = sorted((file for file in staging.rglob("*") if file.is_file()), key=lambda file: file.name == "config.json")
+    for file in files:
+        target = folder / file.relative_to(staging)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file.replace(target)
+
+
+def load_model(folder: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
+    """Read a model's folder; weights become float32, the modules are in evaluation mode.
+
+    Args:
+        folder: "box", a folder or a hub id; see `resolve`.
+        device: Where the model and its tokenizer go.
+
+    Raises:
+        UserError: for a missing, cut-short or mixed-up folder, another format version, or another tokenizer.
+    """
+    folder = resolve(folder)
+    config = read_config(folder)
+    for name in FILES:
+        if not (folder / name).is_file():
+            raise UserError(f"model folder {str(folder)!r} lacks {name}; it must hold {LAYOUT}")
+    model = HybridLM(from_mapping(ModelConfig, config["model"], where=f"{folder / 'config.json'}: model"))
+    weights, saved = _read_weights(folder / "model.safetensors")
+    if saved != config["weights"]:
+        raise UserError(
+            f"{folder / 'config.json'} and model.safetensors are of two different models; copy the folder again"
+        )
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        detail = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder / 'model.safetensors'} doesn't fit its config.json: {detail}") from error
+    tokenizer = load_tokenizer(folder / "tokenizer", device=str(device))
+    expected = config["tokenizer"]["fingerprint"]
+    if tokenizer.fingerprint() != expected:
+        raise UserError(
+            f"{folder / 'tokenizer'} has fingerprint {tokenizer.fingerprint()}, but the model was trained with "
+            f"{expected}; copy the tokenizer that came with the model"
+        )
+    text = TextTokenizer.load(folder / "text.model")
+    return Checkpoint(model=model.eval().to(device), tokenizer=tokenizer, text=text)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The checked `config.json` of a model's folder.
+
+    Raises:
+        UserError: when it is missing, not JSON, not a hybridlm model's, or of another version.
+    """
+    config = _read_json(folder / "config.json")
+    if config.get("format") != "hybridlm":
+        raise UserError(f"{folder / 'config.json'} is not of a hybridlm model; give a folder with {LAYOUT}")
+    if config.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"{folder / 'config.json'}: format_version={config.get('format_version')!r}, but this hybridlm reads "
+            f"{FORMAT_VERSION}; use the hybridlm that wrote it, or convert the model"
+        )
+    required = {"model": Mapping, "tokenizer": Mapping, "weights": str}
+    for key, kind in required.items():
+        if not isinstance(config.get(key), kind):
+            raise UserError(f"{folder / 'config.json'} lacks a valid '{key}'; it is damaged, copy the folder again")
+    if not isinstance(config["tokenizer"].get("fingerprint"), str):
+        raise UserError(f"{folder / 'config.json'} lacks the tokenizer's fingerprint; it is damaged")
+    return config
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{str(path.parent)!r} is no model folder: it lacks {path.name}; expected {LAYOUT}") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}); it is damaged, copy the folder again") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} must hold a JSON object")
+    return config
+
+
+def _read_weights(path: Path) -> tuple[dict[str, Tensor], str | None]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (the file is no dict)
+    except SafetensorError as error:
+        raise UserError(f"{path} is cut short or damaged ({error}); copy or download it again") from error
+    floats = {name: tensor.float() for name, tensor in weights.items() if tensor.is_floating_point()}
+    return {**weights, **floats}, metadata.get("weights")
+
+
+def _fingerprint(weights: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(name.encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def load_codec(name_or_dir: str | Path, device: str | torch.device = "cpu") -> Tokenizer:
+    """A tokenizer by name ("encodec", or "box" for the box model's), by its own folder, or by its model's folder."""
+    if str(name_or_dir) == BOX:
+        name_or_dir = resolve(BOX)
+    nested = Path(name_or_dir) / "tokenizer"
+    return load_tokenizer(nested if nested.is_dir() else name_or_dir, device=str(device))
+
+
+def describe(name_or_dir: str | Path) -> dict[str, Any]:
+    """What `hybridlm info` shows of a model's or tokenizer's folder, without loading any weights.
+
+    Returns:
+        name, folder, type, and for a model num_parameters, size_mb, tags, tokenizer, model (its configuration) and
+        card (Markdown); for a tokenizer its configuration.
+    """
+    folder = resolve(name_or_dir)
+    config = _read_json(folder / "config.json")
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    facts: dict[str, Any] = {"name": str(name_or_dir), "folder": str(folder), "size_mb": round(size / 1e6, 2)}
+    if "type" in config and "format" not in config:
+        return {**facts, "type": f"tokenizer ({config['type']})", "config": config}
+    config = read_config(folder)
+    tokenizer = _read_json(folder / "tokenizer" / "config.json")
+    card = folder / "README.md"
+    return {
+        **facts,
+        "type": f"model ({config['model'].get('representation')})",
+        "num_parameters": config.get("num_parameters"),
+        "tags": config.get("tags", []),
+        "model": config["model"],
+        "tokenizer": {**tokenizer, "fingerprint": config["tokenizer"]["fingerprint"]},
+        "card": card.read_text(encoding="utf-8") if card.is_file() else "",
+    }
+
+
+def default_card(config: Mapping[str, Any]) -> str:
+    """A model card that holds what the folder itself knows."""
+    return (
+        "# A hybridlm model\n\n"
+        f"- representation: {config['model']['representation']}\n"
+        f"- parameters: {config['num_parameters']:,}\n"
+        f"- tokenizer: {config['tokenizer']['name']} ({config['tokenizer']['fingerprint']})\n"
+        f"- tags: {', '.join(config['tags']) or 'none'}\n\n"
+        "Load it with `hybridlm.load(FOLDER)`, or `hybridlm generate --model FOLDER`.\n"
+    )

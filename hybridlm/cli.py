@@ -1,0 +1,229 @@
+"""The front door: one subcommand a verb. It holds no logic; each command imports what it calls when it is called."""
+
+from __future__ import annotations
+
+import json
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tokenizer.errors import UserError
+
+# Newer releases of typer carry their own copy of click: this names the base class of bad usage in either.
+_UsageError: type[Any] = typer.BadParameter.__mro__[2]
+
+app = typer.Typer(
+    name="hybridlm",
+    help="Hybrid continuous-discrete language models for speech, music and sound.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class Source(str, Enum):
+    """Which stream of a tokenizer the audio is decoded from."""
+
+    codes = "codes"
+    latents = "latents"
+
+
+ModelOption = Annotated[
+    str, typer.Option("--model", metavar="NAME_OR_DIR", help="'box', a model's folder or a hub id.")
+]
+TokenizerOption = Annotated[
+    str,
+    typer.Option("--tokenizer", metavar="NAME_OR_DIR", help="'box', 'encodec', or a tokenizer's or model's folder."),
+]
+DataOption = Annotated[
+    Path, typer.Option("--data", metavar="FOLDER_OR_MANIFEST", help="A folder of audio, or a JSONL manifest.")
+]
+JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here too.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="key=value", help="Settings to change, such as optimizer.learning_rate=1e-4."),
+]
+
+
+@app.callback(invoke_without_command=True)
+def front(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from hybridlm import __version__
+
+        print(__version__)
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+def demo(
+    output_dir: Annotated[Path, typer.Option(help="Where the recordings and their spectrograms go.")] = Path(
+        "demo-output"
+    ),
+) -> None:
+    """Make speech, music and sound with the model in the box, and continue a recording."""
+    from sampling.demo import run
+
+    run(output_dir)
+
+
+@app.command()
+def generate(
+    model: ModelOption = "box",
+    text: Annotated[str | None, typer.Option(help="What to say.")] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="What it should be; may be repeated.")] = None,
+    audio: Annotated[Path | None, typer.Option(metavar="PROMPT", help="A recording to continue.")] = None,
+    duration: Annotated[float | None, typer.Option(help="Seconds; for text, a limit.")] = None,
+    num_samples: Annotated[int, typer.Option(help="How many.")] = 1,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same audio; drawn and printed if not given.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Below 1: safer; above: wilder.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw codes from the k likeliest.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw codes from the likeliest that add up to p.")] = None,
+    cfg: Annotated[float | None, typer.Option(help="Strength of classifier-free guidance.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; CUDA where there is one if not given.")] = None,
+    output: Annotated[Path, typer.Option(metavar="FILE", help="WAV or FLAC; a spectrogram PNG goes beside it.")] = Path(
+        "output.wav"
+    ),
+) -> None:
+    """Make audio from text, from tags, from a recording to continue, or from nothing."""
+    from hybridlm.checkpoint import resolve_device
+    from sampling.files import run
+
+    run(
+        model=model,
+        text=text,
+        tags=tag or (),
+        audio=audio,
+        duration=duration,
+        num_samples=num_samples,
+        seed=seed,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        cfg=cfg,
+        device=str(resolve_device(device)),
+        output=output,
+    )
+
+
+@app.command()
+def reconstruct(
+    source_file: Annotated[Path, typer.Argument(metavar="IN", help="A recording.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="WAV or FLAC.")],
+    tokenizer: TokenizerOption = "box",
+    source: Annotated[Source, typer.Option("--from", help="Decode from the codes or from the latents.")] = Source.codes,
+    num_codebooks: Annotated[int | None, typer.Option(metavar="K", help="Only the first K codebooks.")] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Send a recording through a tokenizer and back, and measure what was lost."""
+    from sampling.reconstruct import run
+
+    run(
+        source_file,
+        output,
+        tokenizer=tokenizer,
+        source=source.value,
+        num_codebooks=num_codebooks,
+        json_file=json_file,
+    )
+
+
+@app.command()
+def prepare(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A folder of audio, or a JSONL manifest.")],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Where the tokens go.")],
+    tokenizer: TokenizerOption = "box",
+    workers: Annotated[int, typer.Option(metavar="N", help="Processes that decode audio.")] = 2,
+) -> None:
+    """Turn a corpus into tokens on disk, for training."""
+    from training.corpus import prepare as run
+
+    run(source, output, tokenizer=tokenizer, workers=workers)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="A file of configs/, or your own.")],
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of the output.")] = False,
+) -> None:
+    """Train a tokenizer or a language model."""
+    from training.run import train as run
+
+    run(config, overrides or [], resume=resume)
+
+
+@app.command()
+def finetune(
+    data: DataOption,
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Where the new model goes.")],
+    model: ModelOption = "box",
+    overrides: Overrides = None,
+) -> None:
+    """Continue a model's training on a folder of your own recordings, with or without transcripts."""
+    from training.finetune import run
+
+    run(model, data, output, overrides or [])
+
+
+@app.command()
+def evaluate(
+    data: DataOption,
+    model: ModelOption = "box",
+    split: Annotated[str | None, typer.Option(help="Only clips of this split of the manifest.")] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Measure a model's likelihood of recordings: nats a frame, bits per second of audio, 95 % intervals."""
+    from training.evaluate import run
+
+    run(model, data, split=split, json_file=json_file)
+
+
+@app.command()
+def info(
+    name_or_dir: Annotated[str, typer.Argument(metavar="NAME_OR_DIR", help="'box', a folder or a hub id.")] = "box",
+) -> None:
+    """Show what a model's folder holds: size, configuration, tokenizer, tags, licences."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+    from rich.table import Table
+
+    from hybridlm.checkpoint import describe
+
+    facts = describe(name_or_dir)
+    card = facts.pop("card", "")
+    table = Table(show_header=False, box=None)
+    for key, value in facts.items():
+        table.add_row(key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    console = Console()
+    console.print(table)
+    console.print(Markdown(card))
+
+
+def main() -> None:
+    """Run the command line; bad input ends in one line on stderr and status 2, without a traceback."""
+    try:
+        status = app(standalone_mode=False)
+    except (UserError, _UsageError) as error:
+        status = _refuse(getattr(error, "format_message", error.__str__)())
+    except OSError as error:
+        name = f"{str(error.filename)!r}: " if error.filename else ""
+        status = _refuse(f"{name}{error.strerror or error}")
+    except (KeyboardInterrupt, typer.Abort):
+        status = 130
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _refuse(message: str) -> int:
+    print(f"hybridlm: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    main()
