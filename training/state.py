@@ -1,0 +1,204 @@
+"""A run on disk: checkpoint folders that are whole or absent, whatever moment the process dies.
+
+A checkpoint holds, by module name, `<module>.safetensors` and `optimizer_<module>.safetensors`, for the averaged
+weights `ema.safetensors`, and `state.json` (step, best figure, resolved settings). Random numbers need no state: every
+step's are drawn from (seed, step, micro-batch, rank), and the data's position is the number of batches taken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tokenizer.errors import UserError
+from training.config import FREE_ON_RESUME, changed_keys
+from training.optimizer import AveragedWeights, load_optimizer_state, optimizer_state
+
+VERSION = 1
+
+
+@dataclass(kw_only=True, slots=True)
+class Progress:
+    """What a run knows of itself besides tensors."""
+
+    step: int = 0
+    """Updates made."""
+    batches: int = 0
+    """Batches taken from the data of each rank."""
+    bad_steps: int = 0
+    """Steps skipped in all because something was not finite."""
+    best_loss: float | None = None
+    best_step: int | None = None
+    seconds: float = 0.0
+    """Time spent in steps, over all sessions of the run."""
+
+
+@contextlib.contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Yield a temporary folder that takes the place of `target` when the block ends without an error.
+
+    Raises:
+        UserError: the disk is full, or the place can't be written; what stood at `target` stays.
+    """
+    temporary = target.with_name(f".{target.name}.writing")
+    retired = target.with_name(f".{target.name}.retired")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _flush(file)
+        shutil.rmtree(retired, ignore_errors=True)
+        if target.exists():
+            target.rename(retired)
+        temporary.rename(target)
+        shutil.rmtree(retired, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        if not target.exists() and retired.exists():
+            retired.rename(target)
+        raise UserError(
+            f"cannot write {target}: {error}; free space or choose another output (what was saved before is kept)"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _flush(file: Path) -> None:
+    """Rename must not overtake the content on its way to the disk."""
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted((output / "checkpoints").glob("step_*"))
+
+
+def save_checkpoint(
+    output: Path,
+    progress: Progress,
+    modules: Mapping[str, nn.Module],
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    ema: AveragedWeights | None,
+    config: Mapping[str, Any],
+    keep: int,
+) -> Path:
+    """Write a checkpoint, then remove all but the newest `keep`.
+
+    Raises:
+        UserError: it could not be written; the earlier checkpoints stay.
+    """
+    target = output / "checkpoints" / f"step_{progress.step:08d}"
+    with new_folder(target) as folder:
+        for name, module in modules.items():
+            save_tensors(folder / f"{name}.safetensors", module.state_dict())
+            save_tensors(folder / f"optimizer_{name}.safetensors", optimizer_state(module, optimizers[name]))
+        if ema is not None:
+            save_tensors(folder / "ema.safetensors", ema.state())
+        state = {
+            "version": VERSION,
+            "progress": {name: getattr(progress, name) for name in Progress.__slots__},
+            "ema_updates": ema.updates if ema is not None else 0,
+            "config": config,
+        }
+        (folder / "state.json").write_text(json.dumps(state, indent=1))
+    for old in checkpoints(output)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def load_checkpoint(
+    folder: Path,
+    modules: Mapping[str, nn.Module],
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    ema: AveragedWeights | None,
+    config: Mapping[str, Any],
+) -> tuple[Progress, list[str]]:
+    """Fill modules, optimizers and averages from a checkpoint.
+
+    Returns:
+        Where the run stood, and the names of the settings that changed since (all of them allowed to).
+
+    Raises:
+        UserError: a setting changed that the saved state depends on; or the checkpoint is cut short or of another
+            version.
+    """
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        if state["version"] != VERSION:
+            raise UserError(
+                f"{folder} has checkpoint version {state['version']}, this program reads {VERSION}; start a new run "
+                f"with init_from={folder}"
+            )
+        changed = changed_keys(state["config"], config)
+        for name in changed:
+            if name.split(".")[0] not in FREE_ON_RESUME:
+                raise UserError(
+                    f"cannot resume: '{name}' was {_value(state['config'], name)!r} and is now "
+                    f"{_value(config, name)!r}; set it back, or start a new output with init_from={folder}"
+                )
+        for name, module in modules.items():
+            module.load_state_dict(load_file(folder / f"{name}.safetensors"))
+            load_optimizer_state(
+                module, optimizers[name], load_file(folder / f"optimizer_{name}.safetensors", device="cpu")
+            )
+        if ema is not None and (folder / "ema.safetensors").exists():
+            ema.load_state(load_file(folder / "ema.safetensors"), state["ema_updates"])
+        return Progress(**state["progress"]), changed
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise UserError(
+            f"checkpoint {folder} is cut short or damaged ({' '.join(str(error).split())[:200]}); remove it to resume "
+            "from the one before"
+        ) from error
+
+
+def load_weights(folder: str | Path, modules: Mapping[str, nn.Module]) -> list[str]:
+    """Start modules from a folder's `<module>.safetensors`; `model` must be there, others may be missing.
+
+    Returns:
+        The names of the modules that were filled.
+
+    Raises:
+        UserError: no weights there, or of another shape than the modules'.
+    """
+    folder = Path(folder)
+    if not (folder / "model.safetensors").is_file():
+        raise UserError(f"init_from={folder} holds no model.safetensors; name a model's or a checkpoint's folder")
+    filled = []
+    for name, module in modules.items():
+        path = folder / f"{name}.safetensors"
+        if not path.is_file():
+            continue
+        try:
+            module.load_state_dict(load_file(path))
+        except (SafetensorError, RuntimeError) as error:
+            raise UserError(f"init_from: {path} does not fit {name}: {' '.join(str(error).split())[:300]}") from error
+        filled.append(name)
+    return filled
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """safetensors with tied tensors and views written out in full."""
+    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
+
+
+def _value(config: Mapping[str, Any], name: str) -> Any:
+    value: Any = config
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
