@@ -1,0 +1,331 @@
+"""A plain Llama-shaped decoder: RMSNorm, rotary positions, grouped queries, SwiGLU, and a key-value cache as argument.
+
+Shapes: B batch, L positions of a call, N keys so far, H query heads, G key-value heads, E width of a head, C hidden.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hybridlm.config import ModelConfig
+
+AttentionBackend = Literal["sdpa", "flash-attn"]
+INIT_STD = 0.02
+
+
+@lru_cache(maxsize=1)
+def attention_backend() -> AttentionBackend:
+    """The kernel for attention on this machine: flash-attn where it is installed and CUDA is there, else SDPA."""
+    if torch.cuda.is_available():
+        try:
+            import flash_attn  # noqa: F401
+        except ImportError:
+            return "sdpa"
+        return "flash-attn"
+    return "sdpa"
+
+
+@dataclass(kw_only=True, slots=True)
+class KeyValueCache:
+    """Keys and values of every layer, in buffers that grow by blocks; `Decoder.forward` writes into it."""
+
+    keys: list[Tensor]
+    """Per layer (B, G, capacity, E); the first `length` positions are filled."""
+    values: list[Tensor]
+    length: int
+    key_mask: Tensor | None
+    """(B, capacity) bool, False for padding; None when no row has padding."""
+
+    @classmethod
+    def empty(cls) -> KeyValueCache:
+        return cls(keys=[], values=[], length=0, key_mask=None)
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write (B, G, L, E) after the first `length` positions; return views of all keys and values so far."""
+        end = self.length + keys.shape[2]
+        if layer == len(self.keys):
+            self.keys.append(_grow(keys, None, end))
+            self.values.append(_grow(values, None, end))
+        elif end > self.keys[layer].shape[2]:
+            self.keys[layer] = _grow(keys, self.keys[layer], end)
+            self.values[layer] = _grow(values, self.values[layer], end)
+        self.keys[layer][:, :, self.length : end] = keys
+        self.values[layer][:, :, self.length : end] = values
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+    def select(self, rows: Int[Tensor, " R"]) -> KeyValueCache:
+        """A new cache with these rows, in this order, repeats allowed."""
+        return KeyValueCache(
+            keys=[k[rows] for k in self.keys],
+            values=[v[rows] for v in self.values],
+            length=self.length,
+            key_mask=None if self.key_mask is None else self.key_mask[rows],
+        )
+
+
+def _grow(like: Tensor, old: Tensor | None, length: int, block: int = 256) -> Tensor:
+    b, g, _, e = like.shape
+    new = like.new_zeros(b, g, math.ceil(length / block) * block, e)
+    if old is not None:
+        new[:, :, : old.shape[2]] = old
+    return new
+
+
+def rotary(
+    positions: Int[Tensor, "B L"], head_dim: int, theta: float, dtype: torch.dtype
+) -> tuple[Float[Tensor, "B 1 L E"], Float[Tensor, "B 1 L E"]]:
+    """Cosines and sines of the rotary angles (Su et al. 2021), the halves laid out as in Llama."""
+    frequencies = theta ** (torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / -head_dim)
+    angles = positions[:, None, :, None].float() * frequencies
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Float[Tensor, "B H L E"], cos: Tensor, sin: Tensor) -> Float[Tensor, "B H L E"]:
+    """Turn each pair (x_i, x_{i + E/2}) by its angle."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+class Attention(nn.Module):
+    """Grouped-query attention without bias."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.alignment_heads = config.alignment_heads if layer == config.alignment_layer else 0
+        # One matrix for queries, keys and values: a third of the calls, which is what a batch-1 step is made of.
+        self.qkv = nn.Linear(config.hidden_dim, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim, bias=False)
+        self.out = nn.Linear(self.num_heads * self.head_dim, config.hidden_dim, bias=False)
+        self.backend = attention_backend()
+
+    def forward(
+        self,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: KeyValueCache | None,
+        text: TextKeys | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        batch, length, _ = x.shape
+        heads = self.qkv(x).view(batch, length, -1, self.head_dim).transpose(1, 2)  # (B, H + 2G, L, E)
+        turned, v = heads.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
+        q, k = rotate(turned, *rotation).split([self.num_heads, self.num_kv_heads], dim=1)
+        alignment = None
+        if text is not None and self.alignment_heads:
+            alignment = self._alignment(q, k, text)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        y = self._attend(q, k, v, mask)  # (B, L, H * E)
+        return self.out(y), alignment
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        batch, num_heads, length, head_dim = q.shape
+        group = num_heads // self.num_kv_heads
+        if length == 1:
+            # The heads of a group share their keys, so they are the "positions" of one query: nothing is repeated.
+            grouped = q.reshape(batch, self.num_kv_heads, group, head_dim)
+            return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).reshape(batch, 1, -1)
+        half = q.dtype in (torch.float16, torch.bfloat16)
+        if self.backend == "flash-attn" and mask is None and q.is_cuda and half:
+            from flash_attn import flash_attn_func
+
+            y = flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=True)
+            return y.reshape(batch, length, -1)
+        if group > 1:
+            k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return y.transpose(1, 2).reshape(batch, length, -1)
+
+    def _alignment(self, q: Tensor, k: Tensor, text: TextKeys) -> Tensor:
+        """Attention probabilities over the text pieces alone, (B, heads, T, P), in float32."""
+        group = self.num_heads // self.num_kv_heads
+        prefix = text.mask.shape[1]
+        queries = q[:, : self.alignment_heads, prefix - 1 : -1]  # the states that predict frames 0 .. T-1
+        keys = k[:, :, :prefix].repeat_interleave(group, dim=1)[:, : self.alignment_heads]
+        scores = (queries @ keys.transpose(-1, -2)).float() / math.sqrt(self.head_dim)
+        # A finite filling keeps rows without text free of NaN; the loss gives those rows no weight.
+        return scores.masked_fill(~text.mask[:, None, None], -1e4).softmax(dim=-1)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate x) * up x), gate and up in one matrix."""
+
+    def __init__(self, dim: int, ffn_dim: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(dim, 2 * ffn_dim, bias=False)
+        self.down = nn.Linear(ffn_dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class ResidualSwiGLU(nn.Module):
+    """x + SwiGLU(RMSNorm(x)): the layer of both heads' networks."""
+
+    def __init__(self, dim: int, ffn_dim: int, norm_epsilon: float) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(dim, eps=norm_epsilon)
+        self.mlp = SwiGLU(dim, ffn_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(self.norm(x))
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention and SwiGLU on a residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.hidden_dim, eps=config.norm_epsilon)
+        self.attention = Attention(config, layer)
+        self.mlp_norm = nn.RMSNorm(config.hidden_dim, eps=config.norm_epsilon)
+        self.mlp = SwiGLU(config.hidden_dim, config.ffn_dim)
+        self.dropout = config.dropout
+
+    def forward(
+        self,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: KeyValueCache | None,
+        text: TextKeys | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        y, alignment = self.attention(self.attention_norm(x), rotation, mask, cache, text)
+        x = x + self._drop(y)
+        return x + self._drop(self.mlp(self.mlp_norm(x))), alignment
+
+    def _drop(self, y: Tensor) -> Tensor:
+        return F.dropout(y, self.dropout) if self.training and self.dropout else y
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextKeys:
+    """Asks for attention to the text: which prefix columns are pieces of the text to be spoken."""
+
+    mask: Bool[Tensor, "B P"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecoderOutput:
+    """What a decoder call gives."""
+
+    states: Float[Tensor, "B L C"]
+    """After the final norm."""
+    alignment: Float[Tensor, "B heads T P"] | None = None
+    """Attention of the designated heads from frame to text piece, if it was asked for."""
+
+
+class Decoder(nn.Module):
+    """The stack, from embeddings to normalized states."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim, self.rope_theta = config.head_dim, config.rope_theta
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.hidden_dim, eps=config.norm_epsilon)
+        self.attention: AttentionBackend = attention_backend()
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=INIT_STD)
+        for layer in self.layers:
+            # Each layer adds two branches to the residual stream; this keeps the stream's variance (GPT-2).
+            for linear in (layer.attention.out, layer.mlp.down):
+                nn.init.normal_(linear.weight, std=INIT_STD / math.sqrt(2 * config.num_layers))
+
+    def forward(
+        self,
+        x: Float[Tensor, "B L C"],
+        positions: Int[Tensor, "B L"],
+        *,
+        key_mask: Bool[Tensor, "B L"] | None = None,
+        cache: KeyValueCache | None = None,
+        text: TextKeys | None = None,
+    ) -> DecoderOutput:
+        """Run the stack.
+
+        Args:
+            x: Embeddings.
+            positions: Of each embedding in its row, for the rotary angles.
+            key_mask: False for positions that nobody may attend to; None if there are none.
+            cache: Earlier positions, which these follow; extended in place.
+            text: Asks for the alignment; only in a call that holds the whole sequence.
+        """
+        mask = self._visible(x, key_mask, cache)
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        rotation = rotary(positions, self.head_dim, self.rope_theta, dtype)
+        alignment = None
+        for layer in self.layers:
+            x, found = layer(x, rotation, mask, cache, text)
+            alignment = found if found is not None else alignment
+        if cache is not None:
+            cache.length += x.shape[1]
+        return DecoderOutput(states=self.norm(x), alignment=alignment)
+
+    def _visible(self, x: Tensor, key_mask: Tensor | None, cache: KeyValueCache | None) -> Tensor | None:
+        """The dense mask (B, 1, L, N), or None where plain causal attention says the same."""
+        batch, length, _ = x.shape
+        past = 0
+        if cache is not None:
+            past = cache.length
+            if key_mask is not None or cache.key_mask is not None:
+                key_mask = _extend_key_mask(cache, key_mask, batch, length, x.device)
+        if key_mask is None and (past == 0 or length == 1):
+            return None
+        total = past + length
+        causal = torch.ones(length, total, dtype=torch.bool, device=x.device).tril(past) if length > 1 else None
+        if key_mask is None:
+            return causal[None, None]
+        keys = key_mask[:, None, None, :total]
+        if causal is None:
+            return keys
+        # A padding position sees itself: a row that sees nothing has no softmax.
+        own = torch.eye(length, dtype=torch.bool, device=x.device)
+        own = F.pad(own, (past, 0)) if past else own
+        return (causal & keys) | own
+
+    @torch.no_grad()
+    def load_llama(self, weights: Mapping[str, Tensor]) -> None:
+        """Take over the layers of a `transformers` Llama (`LlamaModel.state_dict()`), of the same sizes.
+
+        Raises:
+            KeyError: if a weight is missing.
+            RuntimeError: if a size differs.
+        """
+        for i, layer in enumerate(self.layers):
+            at = f"layers.{i}."
+            qkv = [weights[f"{at}self_attn.{part}_proj.weight"] for part in "qkv"]
+            layer.attention.qkv.weight.copy_(torch.cat(qkv))
+            layer.attention.out.weight.copy_(weights[at + "self_attn.o_proj.weight"])
+            layer.mlp.gate_up.weight.copy_(torch.cat([weights[f"{at}mlp.{p}_proj.weight"] for p in ("gate", "up")]))
+            layer.mlp.down.weight.copy_(weights[at + "mlp.down_proj.weight"])
+            layer.attention_norm.weight.copy_(weights[at + "input_layernorm.weight"])
+            layer.mlp_norm.weight.copy_(weights[at + "post_attention_layernorm.weight"])
+        self.norm.weight.copy_(weights["norm.weight"])
+
+
+def _extend_key_mask(
+    cache: KeyValueCache, key_mask: Tensor | None, batch: int, length: int, device: torch.device
+) -> Tensor:
+    """Record this call's padding in the cache, and return the mask of all keys so far."""
+    end = cache.length + length
+    if cache.key_mask is None or cache.key_mask.shape[1] < end:
+        # Everything is visible until a call says otherwise.
+        longer = torch.ones(batch, end + 256, dtype=torch.bool, device=device)
+        if cache.key_mask is not None:
+            longer[:, : cache.length] = cache.key_mask[:, : cache.length]
+        cache.key_mask = longer
+    if key_mask is not None:
+        cache.key_mask[:, cache.length : end] = key_mask
+    return cache.key_mask

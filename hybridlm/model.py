@@ -1,0 +1,415 @@
+"""HybridLM: text, then audio frames of codes and latents, predicted one frame at a time.
+
+    p(frame_{t+1} | past) = p(stop | h) * prod_k p(code_k | code_<k, h) * p(latent | codes, h)
+
+A sequence is a left-padded prefix of text ids that ends in `<audio>`, then T right-padded frames. A row's positions
+count from its first real prefix id. The state at the last prefix id predicts frame 0, that at frame t frame t + 1; the
+states are numbered by what they predict, 0 .. T, and the last may only be asked whether the audio stops.
+
+Shapes: B batch, P prefix, T frames, L = T + 1 states, K codebooks, V codebook size, D latent, C hidden, N positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hybridlm.code_head import CodeHead
+from hybridlm.config import ModelConfig
+from hybridlm.decoder import INIT_STD, Decoder, DecoderOutput, KeyValueCache, TextKeys
+from hybridlm.fusion import CodeEmbedding, FrameFusion, FrameStatistics, ShortContext, history_noise
+from hybridlm.latent_head import GaussianMixture, LatentHead
+from tokenizer.frames import AudioFrames
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FrameNLL:
+    """Negative log-likelihoods in nats, zero wherever nothing is scored."""
+
+    codes: Float[Tensor, "B K T"]
+    """K = 0 for a continuous model."""
+    latents: Float[Tensor, "B T"]
+    """Zero for a discrete model."""
+    stop: Float[Tensor, "B L"]
+    """Of going on at each frame, and of stopping after the last one where the audio `ended` there."""
+    correct: Bool[Tensor, "B K T"]
+    """Whether the code was the most likely one."""
+    mask: Bool[Tensor, "B T"]
+    """Frames whose codes and latents were scored."""
+    stop_mask: Bool[Tensor, "B L"]
+    """States whose stop decision was scored."""
+    alignment: Float[Tensor, " B"] | None = None
+    """Guided attention loss of each row (`alignment_loss`), if it was asked for."""
+
+    def total(self) -> Float[Tensor, " B"]:
+        """-log p of all that was scored, per row."""
+        return self.codes.sum(dim=(1, 2)) + self.latents.sum(dim=1) + self.stop.sum(dim=1)
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelCache:
+    """What generation remembers of its past; `HybridLM.step` extends it in place."""
+
+    attention: KeyValueCache
+    positions: Int[Tensor, "B 1"]
+    """Of the next frame."""
+    recent: Float[Tensor, "B w D"] | None
+    """The last latents (normalized), for the short path."""
+
+    def select(self, rows: Int[Tensor, " R"]) -> ModelCache:
+        """A new cache with these rows, in this order, repeats allowed."""
+        return ModelCache(
+            attention=self.attention.select(rows),
+            positions=self.positions[rows],
+            recent=None if self.recent is None else self.recent[rows],
+        )
+
+
+class HybridLM(nn.Module):
+    """The language model; calling it is calling `nll`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.text_embedding = nn.Embedding(config.vocab_size, config.hidden_dim)
+        nn.init.normal_(self.text_embedding.weight, std=INIT_STD)
+        self.statistics = FrameStatistics(config)
+        self.code_embedding = CodeEmbedding(config) if config.uses_codes else None
+        self.fusion = FrameFusion(config)
+        self.decoder = Decoder(config)
+        self.short_context = ShortContext(config) if config.has_short_context else None
+        self.code_head = CodeHead(config, self.code_embedding) if self.code_embedding is not None else None
+        self.latent_head = LatentHead(config, self.code_embedding, self.statistics) if config.predicts_latents else None
+        self.stop = nn.Linear(config.hidden_dim, 1)
+        nn.init.normal_(self.stop.weight, std=INIT_STD)
+        # Audio stops once in some hundred frames.
+        nn.init.constant_(self.stop.bias, -4.0)
+
+    # Whole sequences
+
+    def states(
+        self,
+        prefix: Int[Tensor, "B P"],
+        prefix_mask: Bool[Tensor, "B P"],
+        frames: AudioFrames,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, "B L C"]:
+        """States 0 .. T, each of which sees the prefix and the frames before it.
+
+        Args:
+            prefix: Text ids, left-padded, the last one `<audio>`.
+            prefix_mask: False for padding and for a hidden condition (`drop_conditions`).
+            frames: The audio; what lies past `lengths` influences no state up to there.
+            generator: For the noise on the history, in training mode.
+        """
+        return self._run(prefix, prefix_mask, frames, generator, None)[0]
+
+    def alignment(
+        self,
+        prefix: Int[Tensor, "B P"],
+        prefix_mask: Bool[Tensor, "B P"],
+        frames: AudioFrames,
+        text_mask: Bool[Tensor, "B P"],
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, "B heads T P"]:
+        """Attention of the designated heads from the state that predicts frame t to the text pieces alone."""
+        self._check_alignment()
+        alignment = self._run(prefix, prefix_mask, frames, generator, text_mask & prefix_mask)[1].alignment
+        assert alignment is not None
+        return alignment
+
+    def nll(
+        self,
+        prefix: Int[Tensor, "B P"],
+        prefix_mask: Bool[Tensor, "B P"],
+        frames: AudioFrames,
+        *,
+        ended: Bool[Tensor, " B"] | None = None,
+        generator: torch.Generator | None = None,
+        head_fraction: float = 1.0,
+        text_mask: Bool[Tensor, "B P"] | None = None,
+        aligned: Bool[Tensor, " B"] | None = None,
+    ) -> FrameNLL:
+        """Score audio, frame by frame.
+
+        Args:
+            prefix: See `states`.
+            prefix_mask: See `states`.
+            frames: Latents as they shall be scored (for published figures noised, with codes of these same latents).
+            ended: Rows whose audio is over after its last frame; None: no row (cut out of something longer).
+            generator: For the noise on the history and the choice of frames.
+            head_fraction: Score codes and latents of a random share of the frames only, to save time in training.
+            text_mask: Prefix columns that are pieces of the spoken text; asks for the guided attention loss.
+            aligned: Rows that are complete utterances of their text; None: all.
+        """
+        if text_mask is not None:
+            self._check_alignment()
+            text_mask = text_mask & prefix_mask
+        h, output = self._run(prefix, prefix_mask, frames, generator, text_mask)
+        batch, length = frames.codes.shape[0], frames.latents.shape[1]
+        time = torch.arange(length + 1, device=h.device)
+        valid = time[:length] < frames.lengths[:, None]  # (B, T)
+        scored = valid
+        if head_fraction < 1.0:
+            where = generator.device if generator is not None else h.device
+            kept = torch.rand(batch, length, generator=generator, device=where).to(h.device) < head_fraction
+            scored = valid & kept
+        chosen = scored.flatten().nonzero().squeeze(1)  # (N,): padding costs nothing in the heads
+        flat = h[:, :-1].flatten(0, 1)[chosen]
+
+        outputs = self.config.output_codebooks
+        code_nll = h.new_zeros(batch * length, outputs, dtype=torch.float32)
+        correct = torch.zeros(batch * length, outputs, dtype=torch.bool, device=h.device)
+        latent_nll = h.new_zeros(batch * length, dtype=torch.float32)
+        codes = None
+        if self.code_head is not None:
+            codes = frames.codes[:, :outputs].transpose(1, 2).flatten(0, 1)[chosen]  # (N, K)
+            scores = self.code_head.score(flat, codes)
+            code_nll = code_nll.index_copy(0, chosen, -scores.log_prob)
+            correct[chosen] = scores.correct
+        if self.latent_head is not None:
+            latents = frames.latents.flatten(0, 1)[chosen]
+            density = self.latent_head.distribution(flat, codes)
+            latent_nll = latent_nll.index_copy(0, chosen, -density.log_prob(latents))
+
+        over = time == frames.lengths[:, None]  # (B, T + 1)
+        stop_mask = time < frames.lengths[:, None]
+        if ended is not None:
+            stop_mask = stop_mask | (over & ended[:, None])
+        stop_nll = F.binary_cross_entropy_with_logits(self.stop_logit(h).float(), over.float(), reduction="none")
+        return FrameNLL(
+            codes=code_nll.view(batch, length, outputs).transpose(1, 2),
+            latents=latent_nll.view(batch, length),
+            stop=stop_nll * stop_mask,
+            correct=correct.view(batch, length, outputs).transpose(1, 2),
+            mask=scored,
+            stop_mask=stop_mask,
+            alignment=None
+            if text_mask is None
+            else alignment_loss(output.alignment, text_mask, frames.lengths, aligned),
+        )
+
+    forward = nll
+
+    def stop_logit(self, h: Float[Tensor, "*N C"]) -> Float[Tensor, "*N"]:
+        """Logit of: no frame follows."""
+        return self.stop(h).squeeze(-1)
+
+    # One frame at a time
+
+    def start(
+        self,
+        prefix: Int[Tensor, "B P"],
+        prefix_mask: Bool[Tensor, "B P"],
+        frames: AudioFrames | None = None,
+    ) -> tuple[Float[Tensor, "B C"], ModelCache]:
+        """Read the prefix and, for a continuation, the frames to be continued (rows may differ in length).
+
+        Returns:
+            The state that predicts the next frame of each row, and the cache for `step`.
+        """
+        batch, columns = prefix.shape
+        x = self.text_embedding(prefix)
+        key_mask = prefix_mask
+        lengths = torch.zeros(batch, dtype=torch.int64, device=prefix.device)
+        latents = None
+        if frames is not None:
+            embedded, latents = self._embed(frames.codes, frames.latents, frames.features, None)
+            x = torch.cat([x, embedded], dim=1)
+            lengths = frames.lengths
+            valid = torch.arange(embedded.shape[1], device=prefix.device) < lengths[:, None]
+            key_mask = torch.cat([prefix_mask, valid], dim=1)
+        positions = (key_mask.cumsum(dim=1) - 1).clamp(min=0)
+        cache = KeyValueCache.empty()
+        output = self.decoder(x, positions, key_mask=None if bool(key_mask.all()) else key_mask, cache=cache)
+        rows = torch.arange(batch, device=prefix.device)
+        h = output.states[rows, columns - 1 + lengths]
+        recent = None
+        if self.short_context is not None:
+            window = self.short_context.num_frames
+            recent = x.new_zeros(batch, window, self.config.latent_dim)
+            if latents is not None:
+                padded = F.pad(latents, (0, 0, window, 0))
+                recent = padded[rows[:, None], lengths[:, None] + torch.arange(window, device=prefix.device)]
+            h = h + self.short_context.step(recent)
+        return h, ModelCache(attention=cache, positions=key_mask.sum(dim=1, keepdim=True), recent=recent)
+
+    def step(
+        self,
+        codes: Int[Tensor, "B K 1"] | None,
+        latents: Float[Tensor, "B 1 D"] | None,
+        features: Float[Tensor, "B 1 F"] | None,
+        cache: ModelCache,
+    ) -> tuple[Float[Tensor, "B C"], ModelCache]:
+        """Take one frame in; the streams that the model does not see may be None.
+
+        Returns:
+            The state that predicts the next frame, and the same cache, extended.
+        """
+        x, clean = self._embed(codes, latents, features, None)
+        h = self.decoder(x, cache.positions, cache=cache.attention).states[:, -1]
+        cache.positions = cache.positions + 1
+        if self.short_context is not None:
+            cache.recent = torch.cat([cache.recent[:, 1:], clean], dim=1)
+            h = h + self.short_context.step(cache.recent)
+        return h, cache
+
+    def latent_distribution(self, h: Float[Tensor, "N C"], codes: Int[Tensor, "N K"] | None) -> GaussianMixture:
+        """The density of the next latent, given the next codes (None for a continuous model)."""
+        if self.latent_head is None:
+            raise ValueError("representation=discrete predicts no latents; use continuous or hybrid")
+        return self.latent_head.distribution(h, codes)
+
+    # Taking over what is known of the frames
+
+    @torch.no_grad()
+    def set_statistics(
+        self,
+        *,
+        latent_mean: Float[Tensor, " D"] | None = None,
+        latent_std: Float[Tensor, " D"] | None = None,
+        feature_mean: Float[Tensor, " F"] | None = None,
+        feature_std: Float[Tensor, " F"] | None = None,
+    ) -> None:
+        """Tell the model the scale of a tokenizer's latents and features; before `initialize_code_embeddings`."""
+        given = {
+            "latent_mean": latent_mean,
+            "latent_std": latent_std,
+            "feature_mean": feature_mean,
+            "feature_std": feature_std,
+        }
+        for name, value in given.items():
+            if value is not None:
+                if name.endswith("std") and not bool((value > 0).all()):
+                    raise ValueError(f"{name} has the value {value.min().item():.3g}, but must be positive throughout")
+                getattr(self.statistics, name).copy_(value)
+
+    @torch.no_grad()
+    def initialize_code_embeddings(self, codebooks: Float[Tensor, "K V D"]) -> None:
+        """Write the codec's codebooks into the first D columns of the code embeddings.
+
+        They are scaled so that the sum over the codebooks has unit variance, and the latent head's read-out undoes the
+        scale: the untrained mean is the dequantized latent (nearly: the other columns are small).
+
+        Raises:
+            ValueError: for codebooks of another shape, or a model without codes.
+        """
+        config = self.config
+        if self.code_embedding is None:
+            raise ValueError("representation=continuous has no code embeddings to initialize")
+        expected = (config.num_codebooks, config.codebook_size, config.latent_dim)
+        if tuple(codebooks.shape) != expected or config.latent_dim > config.code_embedding_dim:
+            raise ValueError(
+                f"codebooks of shape {tuple(codebooks.shape)} must be (num_codebooks, codebook_size, latent_dim)="
+                f"{expected} with latent_dim <= code_embedding_dim={config.code_embedding_dim}"
+            )
+        vectors = codebooks.to(self.code_embedding.table.weight) / self.statistics.latent_std
+        scale = 1.0 / vectors.var(dim=1).sum(dim=0).mean().sqrt().clamp(min=1e-6)
+        dim = config.latent_dim
+        self.code_embedding.table.weight[:, :dim] = (vectors * scale).flatten(0, 1)
+        if self.latent_head is not None:
+            self.latent_head.read_out.weight[:, :dim] = torch.eye(dim).to(vectors) / scale
+            self.latent_head.read_out.bias.copy_(-self.statistics.latent_mean / self.statistics.latent_std)
+
+    def num_parameters(self) -> int:
+        """Trainable parameters."""
+        return sum(p.numel() for p in self.parameters())
+
+    # Inside
+
+    def _run(
+        self,
+        prefix: Tensor,
+        prefix_mask: Tensor,
+        frames: AudioFrames,
+        generator: torch.Generator | None,
+        text_mask: Tensor | None,
+    ) -> tuple[Tensor, DecoderOutput]:
+        columns = prefix.shape[1]
+        embedded, clean = self._embed(frames.codes, frames.latents, frames.features, generator)
+        x = torch.cat([self.text_embedding(prefix), embedded.to(self.text_embedding.weight.dtype)], dim=1)
+        # Right-padded frames need no mask: causality hides them from all that counts.
+        key_mask = F.pad(prefix_mask, (0, embedded.shape[1]), value=True)
+        positions = (key_mask.cumsum(dim=1) - 1).clamp(min=0)
+        output = self.decoder(
+            x,
+            positions,
+            key_mask=None if bool(prefix_mask.all()) else key_mask,
+            text=None if text_mask is None else TextKeys(mask=text_mask),
+        )
+        h = output.states[:, columns - 1 :]
+        if self.short_context is not None:
+            h = h + self.short_context(clean)
+        return h, output
+
+    def _embed(
+        self,
+        codes: Tensor | None,
+        latents: Tensor | None,
+        features: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Input vectors (B, T, C) of frames, and the normalized clean latents (B, T, D) if they are an input."""
+        config = self.config
+        code_sum = continuous = clean = None
+        if self.code_embedding is not None:
+            code_sum = self.code_embedding(codes[:, : config.input_codebooks].transpose(1, 2)).sum(dim=2)
+        if config.continuous == "latents":
+            clean = continuous = self.statistics.latents(latents)
+            if self.training and config.history_noise > 0:
+                continuous = history_noise(clean, config.history_noise, generator)
+        elif config.continuous == "features":
+            continuous = self.statistics.features(features)
+        return self.fusion(code_sum, continuous), clean
+
+    def _check_alignment(self) -> None:
+        if self.config.alignment_heads == 0:
+            raise ValueError("alignment_heads=0 gives no alignment; set it to 1 or more")
+
+
+def drop_conditions(
+    prefix_mask: Bool[Tensor, "B P"], probability: float, generator: torch.Generator | None = None
+) -> Bool[Tensor, "B P"]:
+    """Hide text and tags of each row with this probability: only the last column, `<audio>`, stays visible."""
+    where = generator.device if generator is not None else prefix_mask.device
+    dropped = torch.rand(prefix_mask.shape[0], 1, generator=generator, device=where).to(prefix_mask.device)
+    audio = torch.zeros_like(prefix_mask)
+    audio[:, -1] = True
+    return torch.where(dropped < probability, audio, prefix_mask)
+
+
+def alignment_loss(
+    alignment: Float[Tensor, "B heads T P"],
+    text_mask: Bool[Tensor, "B P"],
+    lengths: Int[Tensor, " B"],
+    aligned: Bool[Tensor, " B"] | None = None,
+    *,
+    width: float = 0.2,
+) -> Float[Tensor, " B"]:
+    """Guided attention (Tachibana et al. 2017, arXiv 1710.08969, section 4.1), per row.
+
+    Attention of frame t to piece n costs 1 - exp(-(n / N - t / T)^2 / (2 g^2)); the mean over frames and heads.
+
+    Args:
+        alignment: Probabilities over the text pieces.
+        text_mask: Which prefix columns are pieces.
+        lengths: Frames per row.
+        aligned: Rows that count; the others, and those without text, give 0.
+        width: g.
+    """
+    steps = torch.arange(alignment.shape[2], device=alignment.device)
+    pieces = text_mask.sum(dim=1, keepdim=True)
+    n = (text_mask.cumsum(dim=1) - 0.5) / pieces.clamp(min=1)  # (B, P), the middle of a piece
+    t = (steps + 0.5) / lengths[:, None].clamp(min=1)  # (B, T)
+    penalty = 1.0 - torch.exp(-(n[:, None] - t[:, :, None]).square() / (2 * width**2))  # (B, T, P)
+    cost = (alignment * (penalty * text_mask[:, None])[:, None]).sum(dim=-1).mean(dim=1)  # (B, T)
+    valid = (steps < lengths[:, None]) & (pieces > 0)
+    if aligned is not None:
+        valid = valid & aligned[:, None]
+    return (cost * valid).sum(dim=1) / lengths.clamp(min=1)
