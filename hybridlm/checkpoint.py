@@ -197,7 +197,7 @@ def load_model(folder: str | Path, device: str | torch.device = "cpu") -> Checkp
     except RuntimeError as error:
         detail = " ".join(str(error).split())[:200]
         raise UserError(f"{folder / 'model.safetensors'} doesn't fit its config.json: {detail}") from error
-    tokenizer = load_tokenizer(folder / "tokenizer", device=str(device))
+    tokenizer = load_tokenizer(folder / "tokenizer", device=device)
     expected = config["tokenizer"]["fingerprint"]
     if tokenizer.fingerprint() != expected:
         raise UserError(
@@ -264,10 +264,7 @@ def _fingerprint(weights: Mapping[str, Tensor]) -> str:
 
 def load_codec(name_or_dir: str | Path, device: str | torch.device = "cpu") -> Tokenizer:
     """A tokenizer by name ("encodec", or "box" for the box model's), by its own folder, or by its model's folder."""
-    if str(name_or_dir) == BOX:
-        name_or_dir = resolve(BOX)
-    nested = Path(name_or_dir) / "tokenizer"
-    return load_tokenizer(nested if nested.is_dir() else name_or_dir, device=str(device))
+    return load_tokenizer(resolve(BOX) if str(name_or_dir) == BOX else name_or_dir, device=device)
 
 
 def describe(name_or_dir: str | Path) -> dict[str, Any]:

@@ -117,16 +117,18 @@ def reconstruct(
     source_file: Annotated[Path, typer.Argument(metavar="IN", help="A recording.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="WAV or FLAC.")],
     tokenizer: TokenizerOption = "box",
-    source: Annotated[Source, typer.Option("--from", help="Decode from the codes or from the latents.")] = Source.codes,
-    num_codebooks: Annotated[int | None, typer.Option(metavar="K", help="Only the first K codebooks.")] = None,
+    source: Annotated[Source, typer.Option("--from", help="What to decode.")] = Source.latents,
+    num_codebooks: Annotated[
+        int | None, typer.Option(metavar="K", help="Only the first K codebooks (with --from codes).")
+    ] = None,
     json_file: JsonOption = None,
 ) -> None:
     """Send a recording through a tokenizer and back, and measure what was lost."""
     from sampling.reconstruct import run
 
     run(
-        source_file,
-        output,
+        input=source_file,
+        output=output,
         tokenizer=tokenizer,
         source=source.value,
         num_codebooks=num_codebooks,
