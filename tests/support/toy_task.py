@@ -1,4 +1,4 @@
-"""A task of a few weights, with all the shapes of randomness that a real one has: data order, noise, dropout, buffers."""
+"""A task of a few weights, with a real one's randomness: data order, noise, dropout; and a buffer."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class ToyTask:
         seed: Of the initial weights.
         bad_steps: Steps whose loss is not a number.
         signal_at: Step in which the process is sent SIGINT.
-        fail_export: Raise as a full disk does.
     """
 
     def __init__(self, seed: int = 0, bad_steps: Sequence[int] = (), signal_at: int | None = None) -> None:
         torch.manual_seed(seed)
         self.model = nn.Sequential(nn.Linear(3, 16), nn.Dropout(0.3), nn.LayerNorm(16), nn.Linear(16, 3))
         self.discriminator = Critic()
-        self.bad_steps, self.signal_at, self.fail_export = set(bad_steps), signal_at, False
+        self.bad_steps, self.signal_at = set(bad_steps), signal_at
+        self.fail_export = False  # True: raise as a full disk does
         self.validated: list[Tensor] = []
 
     def modules(self) -> Mapping[str, nn.Module]:

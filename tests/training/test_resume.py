@@ -1,0 +1,198 @@
+"""An interrupted run goes on as if nothing had happened; whatever moment it dies, what was saved can be loaded."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import training.state
+from tests.support.toy_task import ToyTask
+from tokenizer.errors import UserError
+from training.config import OptimizerConfig, RunConfig
+from training.loop import fit
+from training.state import checkpoints
+
+ROOT = Path(__file__).parents[2]
+
+
+def settings(output: Path, **changes: object) -> RunConfig:
+    values: dict[str, object] = {
+        "task": "tokenizer",
+        "output": str(output),
+        "max_steps": 12,
+        "precision": "fp32",
+        "device": "cpu",
+        "tensorboard": False,
+        "log_every": 1,
+        "validate_every": 4,
+        "checkpoint_every": 3,
+        "accumulate": 2,
+        "optimizer": OptimizerConfig(learning_rate=0.01, warmup_steps=3),
+    }
+    return RunConfig(**(values | changes))  # type: ignore[arg-type]
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    """Weights, buffers, optimizers, averages, exported models and logged losses, to the last bit."""
+    last = checkpoints(one)[-1].name
+    for file in sorted((one / "checkpoints" / last).glob("*.safetensors")):
+        assert file.read_bytes() == (other / "checkpoints" / last / file.name).read_bytes(), file.name
+    for model in ("model", "best"):
+        assert (one / model / "model.safetensors").read_bytes() == (other / model / "model.safetensors").read_bytes()
+    assert losses(one) == losses(other)
+
+
+def losses(output: Path) -> list[tuple]:
+    records = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return [(r["kind"], r["step"], r.get("model_loss", r.get("loss"))) for r in records]
+
+
+@pytest.mark.parametrize("step", [1, 4, 5, 11])
+def test_resumed_after_a_signal_equals_uninterrupted(tmp_path: Path, step: int) -> None:
+    fit(ToyTask(), settings(tmp_path / "whole"), {"seed": 0})
+    result = fit(ToyTask(signal_at=step), settings(tmp_path / "parts"), {"seed": 0})
+    if step < 11:
+        assert not result.finished
+        assert result.step == step + 1
+    fit(ToyTask(seed=9), settings(tmp_path / "parts"), {"seed": 0}, resume=True)
+    assert_same_end(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_resumed_after_a_crash_goes_back_to_the_last_checkpoint(tmp_path: Path) -> None:
+    class Crashing(ToyTask):
+        def loss(self, turn, batch, *, step, generator):
+            if step == 8:
+                raise MemoryError
+            return super().loss(turn, batch, step=step, generator=generator)
+
+    fit(ToyTask(), settings(tmp_path / "whole"), {"seed": 0})
+    with pytest.raises(MemoryError):
+        fit(Crashing(), settings(tmp_path / "parts"), {"seed": 0})
+    assert checkpoints(tmp_path / "parts")[-1].name == "step_00000006"
+    assert losses(tmp_path / "parts")[-1][1] == 8
+    fit(ToyTask(seed=9), settings(tmp_path / "parts"), {"seed": 0}, resume=True)
+    assert_same_end(tmp_path / "whole", tmp_path / "parts")
+
+
+SAVER = """
+import sys
+import torch
+from training.optimizer import make_optimizer, AveragedWeights
+from training.config import OptimizerConfig
+from training.state import Progress, save_checkpoint
+from pathlib import Path
+module = torch.nn.Linear(1500, 1500)
+optimizer = make_optimizer(module, OptimizerConfig())
+ema = AveragedWeights(module, 0.9)
+step = 0
+while True:
+    step += 1
+    torch.nn.init.constant_(module.weight, step)
+    save_checkpoint(Path(sys.argv[1]), Progress(step=step), {"model": module}, {"model": optimizer}, ema, {}, 2)
+    print(step, flush=True)
+"""
+
+
+def test_killed_while_saving_leaves_whole_checkpoints(tmp_path: Path) -> None:
+    for round_number in range(2):
+        process = subprocess.Popen(
+            [sys.executable, "-c", SAVER, str(tmp_path)], stdout=subprocess.PIPE, cwd=ROOT, text=True
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline()
+        time.sleep(0.013 * (1 + round_number))  # into the midst of a later save
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        module = torch.nn.Linear(1500, 1500)
+        optimizers = {"model": torch.optim.AdamW(module.parameters())}
+        found = checkpoints(tmp_path)
+        assert found
+        for folder in found:
+            progress, _ = training.state.load_checkpoint(folder, {"model": module}, optimizers, None, {})
+            assert torch.all(module.weight == progress.step)
+
+
+def test_a_full_disk_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fit(ToyTask(), settings(tmp_path), {"seed": 0})
+    kept = {path: path.read_bytes() for path in (tmp_path / "checkpoints").rglob("*.safetensors")}
+
+    def full(tensors, path):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(training.state, "save_file", full)
+    with pytest.raises(UserError, match="No space left on device; free space or choose another output") as error:
+        fit(ToyTask(), settings(tmp_path, max_steps=15, validate_every=99), {"seed": 0}, resume=True)
+    assert "\n" not in str(error.value)
+    assert {path: path.read_bytes() for path in (tmp_path / "checkpoints").rglob("*.safetensors")} == kept
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_a_full_disk_while_exporting_keeps_the_old_model(tmp_path: Path) -> None:
+    fit(ToyTask(), settings(tmp_path), {"seed": 0})
+    before = (tmp_path / "model/model.safetensors").read_bytes()
+    task = ToyTask()
+    task.fail_export = True
+    with pytest.raises(UserError, match="No space left"):
+        fit(task, settings(tmp_path, max_steps=13, validate_every=100), {"seed": 0}, resume=True)
+    assert (tmp_path / "model/model.safetensors").read_bytes() == before
+    assert not (tmp_path / "model/half").exists()
+
+
+def test_an_incompatible_change_is_named(tmp_path: Path) -> None:
+    fit(ToyTask(), settings(tmp_path), {"language": {"model": {"hidden_dim": 8}}, "max_steps": 12})
+    with pytest.raises(UserError, match=r"cannot resume: 'language.model.hidden_dim' was 8 and is now 16; set it back"):
+        fit(ToyTask(), settings(tmp_path), {"language": {"model": {"hidden_dim": 16}}, "max_steps": 12}, resume=True)
+    changed = {"language": {"model": {"hidden_dim": 8}}, "max_steps": 14}
+    assert fit(ToyTask(), settings(tmp_path, max_steps=14), changed, resume=True).step == 14
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"\x10"), "is cut short or damaged"),
+        (lambda folder: (folder / "state.json").write_text('{"version": 1, "prog'), "is cut short or damaged"),
+        (lambda folder: (folder / "optimizer_model.safetensors").unlink(), "is cut short or damaged"),
+        (lambda folder: (folder / "state.json").write_text('{"version": 7}'), "has checkpoint version 7"),
+    ],
+)
+def test_a_damaged_checkpoint_is_one_line(tmp_path: Path, damage, message: str) -> None:
+    fit(ToyTask(), settings(tmp_path), {})
+    damage(checkpoints(tmp_path)[-1])
+    with pytest.raises(UserError, match=message) as error:
+        fit(ToyTask(), settings(tmp_path), {}, resume=True)
+    assert "\n" not in str(error.value)
+
+
+def test_a_used_output_is_not_overwritten(tmp_path: Path) -> None:
+    fit(ToyTask(), settings(tmp_path), {})
+    with pytest.raises(UserError, match="holds a run already; pass --resume"):
+        fit(ToyTask(), settings(tmp_path), {})
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be made"):
+        fit(ToyTask(), settings(tmp_path / "file"), {})
+
+
+def test_old_checkpoints_are_removed(tmp_path: Path) -> None:
+    fit(ToyTask(), settings(tmp_path, keep_checkpoints=2), {})
+    assert [folder.name for folder in checkpoints(tmp_path)] == ["step_00000009", "step_00000012"]
+
+
+def test_weights_of_another_run_start_a_new_one(tmp_path: Path) -> None:
+    first = ToyTask()
+    fit(first, settings(tmp_path / "first"), {})
+    folder = checkpoints(tmp_path / "first")[-1]
+    second = ToyTask(seed=5)
+    optimizer = OptimizerConfig(learning_rate=1e-12, warmup_steps=0)
+    fit(second, settings(tmp_path / "second", init_from=str(folder), max_steps=1, optimizer=optimizer), {})
+    torch.testing.assert_close(second.model[0].weight, first.model[0].weight)
+    torch.testing.assert_close(second.discriminator.weight, first.discriminator.weight)
+    with pytest.raises(UserError, match="holds no model"):
+        fit(ToyTask(), settings(tmp_path / "third", init_from=str(tmp_path)), {})
