@@ -106,7 +106,7 @@ def save_checkpoint(
     target = output / "checkpoints" / f"step_{progress.step:08d}"
     with new_folder(target) as folder:
         for name, module in modules.items():
-            save_tensors(folder / f"{name}.safetensors", module.state_dict())
+            save_tensors(folder / f"{name}.safetensors", module_state(module))
             save_tensors(folder / f"optimizer_{name}.safetensors", optimizer_state(module, optimizers[name]))
         if ema is not None:
             save_tensors(folder / "ema.safetensors", ema.state())
@@ -153,7 +153,7 @@ def load_checkpoint(
                     f"{_value(config, name)!r}; set it back, or start a new output with init_from={folder}"
                 )
         for name, module in modules.items():
-            module.load_state_dict(load_file(folder / f"{name}.safetensors"))
+            load_module_state(module, load_file(folder / f"{name}.safetensors"))
             load_optimizer_state(
                 module, optimizers[name], load_file(folder / f"optimizer_{name}.safetensors", device="cpu")
             )
@@ -185,11 +185,30 @@ def load_weights(folder: str | Path, modules: Mapping[str, nn.Module]) -> list[s
         if not path.is_file():
             continue
         try:
-            module.load_state_dict(load_file(path))
+            load_module_state(module, load_file(path))
         except (SafetensorError, RuntimeError) as error:
             raise UserError(f"init_from: {path} does not fit {name}: {' '.join(str(error).split())[:300]}") from error
         filled.append(name)
     return filled
+
+
+def module_state(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and every buffer, those too that a model's folder leaves out (running statistics of a quantizer)."""
+    return {**module.state_dict(), **dict(module.named_buffers())}
+
+
+def load_module_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """The inverse of `module_state`; also takes a plain state dict, which leaves the other buffers as they are.
+
+    Raises:
+        RuntimeError: names or shapes that do not fit.
+    """
+    persistent = module.state_dict().keys()
+    extra = {name: buffer for name, buffer in module.named_buffers() if name not in persistent}
+    module.load_state_dict({name: value for name, value in state.items() if name not in extra})
+    for name, buffer in extra.items():
+        if name in state:
+            buffer.copy_(state[name])
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
