@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from hybridlm.config import ModelConfig
 from hybridlm.decoder import INIT_STD, ResidualSwiGLU
@@ -66,29 +67,27 @@ class CodeHead(nn.Module):
                 for _ in range(config.depth_layers)
             )
         )
-        self.norm = nn.RMSNorm(config.depth_dim, eps=config.norm_epsilon)
+        self.norm = nn.LayerNorm(config.depth_dim, eps=config.norm_epsilon, bias=False)
         self.output = nn.Parameter(torch.empty(self.num_codebooks, config.codebook_size, config.depth_dim))
         for linear in (self.state, self.codes):
             nn.init.normal_(linear.weight, std=1.0 / math.sqrt(linear.in_features))
         # Small outputs: the first prediction is nearly uniform.
         nn.init.normal_(self.output, std=INIT_STD)
 
-    def logits(self, h: Float[Tensor, "N C"], codes: Int[Tensor, "N K"]) -> Float[Tensor, "N K V"]:
-        """Logits of all codebooks, each given the codes before it."""
-        before = self.embedding(codes[:, :-1]).cumsum(dim=1)  # (N, K - 1, E)
-        x = self.state(h)[:, None] + self.position  # (N, K, depth)
-        x = torch.cat([x[:, :1], x[:, 1:] + self.codes(before)], dim=1)
-        x = self.norm(self.layers(x))
+    def logits(self, h: Float[Tensor, "N C"], codes: Int[Tensor, "N K"]) -> Float[Tensor, "K N V"]:
+        """Logits of all codebooks, each given the codes before it; the codebook comes first."""
+        before = F.pad(self.embedding(codes[:, :-1]).cumsum(dim=1), (0, 0, 1, 0))  # (N, K, E), zero for k = 0
+        x = self.codes(before.transpose(0, 1)) + self.position[:, None] + self.state(h)  # (K, N, depth)
         # (K, N, depth) @ (K, depth, V): one batched product, each codebook with its own matrix
-        return torch.bmm(x.transpose(0, 1), self.output.transpose(1, 2)).transpose(0, 1)
+        return torch.bmm(self.norm(self.layers(x)), self.output.transpose(1, 2))
 
     def score(self, h: Float[Tensor, "N C"], codes: Int[Tensor, "N K"]) -> CodeScores:
         """Log-probabilities and top-1 hits of given codes."""
-        logits = self.logits(h, codes).float()
-        chosen = logits.gather(-1, codes[..., None]).squeeze(-1)
+        log_prob = self.logits(h, codes).log_softmax(dim=-1, dtype=torch.float32)
+        chosen = log_prob.gather(-1, codes.T[..., None]).squeeze(-1)  # (K, N)
         with torch.no_grad():
-            correct = chosen >= logits.amax(dim=-1)
-        return CodeScores(log_prob=chosen - logits.logsumexp(dim=-1), correct=correct)
+            correct = chosen >= log_prob.amax(dim=-1)
+        return CodeScores(log_prob=chosen.T, correct=correct.T)
 
     def log_prob(self, h: Float[Tensor, "N C"], codes: Int[Tensor, "N K"]) -> Float[Tensor, "N K"]:
         """log p(c_k | c_<k, h) in nats, float32."""
@@ -119,7 +118,7 @@ class CodeHead(nn.Module):
         drawn: list[Tensor] = []
         for k in range(self.num_codebooks):
             y = self.norm(self.layers(x + self.position[k]))
-            logits = nn.functional.linear(y, self.output[k]).float()
+            logits = F.linear(y, self.output[k]).float()
             if guided:
                 conditional, free = logits.log_softmax(dim=-1).split(rows)
                 logits = free + cfg * (conditional - free)

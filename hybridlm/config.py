@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 Representation = Literal["discrete", "continuous", "hybrid"]
 ContinuousInput = Literal["latents", "features", "none"]
 Fusion = Literal["sum", "concat"]
+
+POSITIVE = (
+    *("vocab_size", "num_codebooks", "codebook_size", "latent_dim", "frame_rate_hz", "hidden_dim", "num_layers"),
+    *("num_heads", "num_kv_heads", "ffn_dim", "rope_theta", "code_embedding_dim", "depth_dim", "depth_ffn_dim"),
+    *("num_mixtures", "latent_head_dim", "latent_head_ffn_dim", "scale_floor", "short_context_dim", "max_frames"),
+)
+NOT_NEGATIVE = (
+    *("feature_dim", "depth_layers", "latent_head_layers", "sigma", "short_context_frames", "alignment_heads"),
+    "alignment_layer",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,30 +91,22 @@ class ModelConfig:
     """Longest sequence of frames that the model is meant for (60 s at 25 Hz)."""
 
     def __post_init__(self) -> None:
-        positive = (
-            "vocab_size num_codebooks codebook_size latent_dim frame_rate_hz hidden_dim num_layers num_heads "
-            "num_kv_heads ffn_dim rope_theta code_embedding_dim depth_dim depth_ffn_dim num_mixtures "
-            "latent_head_dim latent_head_ffn_dim scale_floor short_context_dim max_frames"
-        )
-        for name in positive.split():
+        for name in POSITIVE:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
-        for name in "feature_dim depth_layers latent_head_layers sigma short_context_frames alignment_heads".split():
+        for name in NOT_NEGATIVE:
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
         for name in ("dropout", "history_noise", "condition_dropout"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1]")
-        for name, value in (
-            ("representation", Representation),
-            ("continuous_input", ContinuousInput),
-            ("fusion", Fusion),
+        for name, options in (
+            ("representation", get_args(Representation)),
+            ("continuous_input", (None, *get_args(ContinuousInput))),
+            ("fusion", get_args(Fusion)),
         ):
-            options = value.__args__
-            if getattr(self, name) not in options and not (
-                name == "continuous_input" and self.continuous_input is None
-            ):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(options)}")
+            if getattr(self, name) not in options:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(map(str, options))}")
         self._check_heads()
         self._check_streams()
 

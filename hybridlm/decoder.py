@@ -172,11 +172,15 @@ class SwiGLU(nn.Module):
 
 
 class ResidualSwiGLU(nn.Module):
-    """x + SwiGLU(RMSNorm(x)): the layer of both heads' networks."""
+    """x + SwiGLU(LayerNorm(x)): the layer of both heads' networks.
+
+    LayerNorm where the backbone has RMSNorm: PyTorch has a fused CPU kernel of it alone, three times as fast, and the
+    heads run over eight times as many positions as the backbone.
+    """
 
     def __init__(self, dim: int, ffn_dim: int, norm_epsilon: float) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(dim, eps=norm_epsilon)
+        self.norm = nn.LayerNorm(dim, eps=norm_epsilon, bias=False)
         self.mlp = SwiGLU(dim, ffn_dim)
 
     def forward(self, x: Tensor) -> Tensor:

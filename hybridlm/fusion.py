@@ -108,7 +108,7 @@ class ShortContext(nn.Module):
         nn.init.normal_(self.out.weight, std=INIT_STD)
 
     def forward(self, latents: Float[Tensor, "B T D"]) -> Float[Tensor, "B L C"]:
-        """Contributions to states 0 .. T (L = T + 1); that to state t sees latents t-w .. t-1, zeros before the first."""
+        """Contributions to states 0 .. T (L = T + 1); state t sees latents t-w .. t-1 (zeros before 0)."""
         padded = F.pad(latents, (0, 0, self.num_frames, 0))
         windows = padded.unfold(1, self.num_frames, 1).transpose(-1, -2)  # (B, T + 1, w, D)
         return self._project(windows.flatten(2))

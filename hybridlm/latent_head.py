@@ -81,7 +81,7 @@ class LatentHead(nn.Module):
                 for _ in range(config.latent_head_layers)
             )
         )
-        self.norm = nn.RMSNorm(dim, eps=config.norm_epsilon)
+        self.norm = nn.LayerNorm(dim, eps=config.norm_epsilon, bias=False)
         self.output = nn.Linear(dim, self.num_mixtures * (1 + 2 * self.latent_dim))
         self.codes = self.read_out = None
         if embedding is not None:
