@@ -1,0 +1,240 @@
+"""Corpora to train on. Here: batches of cached frames, for language models; `training.segments` has the audio.
+
+Every batch is a function of (seed, rank, number of the batch), so that a run goes on where it stopped by skipping.
+
+Shapes: B batch, T frames, K codebooks, D latent, F feature.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tokenizer.errors import UserError
+from tokenizer.frames import AudioFrames, Tokenizer
+from training.index import ClipIndex
+from training.manifest import TagRule
+from training.prepare import PrepareReport, prepare, prepare_audio
+from training.segments import AudioFiles, PcmCache, SegmentSource
+
+__all__ = [
+    "AudioFiles",
+    "CachedClip",
+    "PcmCache",
+    "PrepareReport",
+    "SegmentSource",
+    "TokenCache",
+    "Window",
+    "prepare",
+    "prepare_audio",
+]
+
+
+class Window(NamedTuple):
+    """A part of a clip."""
+
+    clip: int
+    start: int
+    """First frame."""
+    frames: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CachedClip:
+    """Frames of a clip, or of a part of it, and what is known of it."""
+
+    key: str
+    split: str | None
+    text: str | None
+    tags: tuple[str, ...]
+    labels: dict[str, str]
+    codes: Int[Tensor, "K T"]
+    """int64."""
+    latents: Float[Tensor, "T D"]
+    """float32."""
+    features: Float[Tensor, "T F"] | None
+
+
+class TokenCache:
+    """Frames from caches written by `prepare`; nothing is loaded but what is read.
+
+    Args:
+        folders: One cache or several, all made by one tokenizer.
+        tokenizer: The tokenizer that must have made them; None takes any.
+        split: Keep clips of this split and those without one; None keeps all.
+        validation_fraction: Share of the training split that is held back as split `validation`.
+        rules: Tags, use of text, and weights by label; see `TagRule`.
+
+    Raises:
+        UserError: not such caches, made by different tokenizers, or no clip is left.
+    """
+
+    def __init__(
+        self,
+        folders: Path | Sequence[Path],
+        *,
+        tokenizer: Tokenizer | None = None,
+        split: str | None = None,
+        validation_fraction: float = 0.0,
+        rules: Sequence[TagRule] = (),
+    ) -> None:
+        self.index = ClipIndex(folders, "tokens", split=split, validation_fraction=validation_fraction, rules=rules)
+        first = self.index.readers[0]
+        self.tokenizer: str = first.meta["tokenizer"]
+        """Name and fingerprint of the tokenizer that made the frames."""
+        self.frame_rate_hz: float = first.meta["frame_rate_hz"]
+        self.codebook_size: int = first.meta["codebook_size"]
+        self.num_codebooks = first.streams["codes"].width
+        self.latent_dim = first.streams["latents"].width
+        self.feature_dim = first.streams["features"].width if "features" in first.streams else 0
+        wanted = self.tokenizer if tokenizer is None else f"{tokenizer.name} {tokenizer.fingerprint()}"
+        for reader in self.index.readers:
+            if reader.meta["tokenizer"] != wanted:
+                raise UserError(
+                    f"{reader.folder} was made by tokenizer {reader.meta['tokenizer']}, but {wanted} is asked for; "
+                    "prepare it again with that one"
+                )
+            if ("features" in reader.streams) != ("features" in first.streams):
+                raise UserError(f"{reader.folder} and {first.folder}: only one has features; prepare them alike")
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, clip: int) -> CachedClip:
+        if not 0 <= clip < len(self):
+            raise IndexError(clip)
+        return self.read(Window(clip, 0, self.num_frames(clip)))
+
+    @property
+    def duration_s(self) -> float:
+        """Seconds of audio, each clip counted once."""
+        return float(self.index.rows.sum()) / self.frame_rate_hz
+
+    def num_frames(self, clip: int) -> int:
+        """Length of a clip in frames."""
+        return int(self.index.rows[clip])
+
+    def read(self, window: Window) -> CachedClip:
+        """Read a part of a clip; its text is the whole clip's."""
+        index = self.index
+        about = index.clip(window.clip)
+        reader, shard = index.readers[int(index.reader[window.clip])], int(index.shard[window.clip])
+        start = int(index.row[window.clip]) + window.start
+        arrays = {name: reader.rows(name, shard, start, start + window.frames) for name in reader.streams}
+        return CachedClip(
+            key=about.key,
+            split=about.split,
+            text=about.text,
+            tags=about.tags,
+            labels=about.labels,
+            codes=torch.from_numpy(arrays["codes"].astype(np.int64)).T.contiguous(),
+            latents=torch.from_numpy(arrays["latents"].astype(np.float32)),
+            features=torch.from_numpy(arrays["features"].astype(np.float32)) if "features" in arrays else None,
+        )
+
+    def frames(self, clips: Sequence[CachedClip]) -> AudioFrames:
+        """Clips as one batch, padded on the right with zeros."""
+        lengths = torch.tensor([clip.latents.shape[0] for clip in clips])
+        longest = int(lengths.max())
+        codes = torch.zeros(len(clips), self.num_codebooks, longest, dtype=torch.int64)
+        latents = torch.zeros(len(clips), longest, self.latent_dim)
+        features = torch.zeros(len(clips), longest, self.feature_dim) if self.feature_dim else None
+        for row, clip in enumerate(clips):
+            length = clip.latents.shape[0]
+            codes[row, :, :length] = clip.codes
+            latents[row, :length] = clip.latents
+            if features is not None and clip.features is not None:
+                features[row, :length] = clip.features
+        return AudioFrames(codes=codes, latents=latents, features=features, lengths=lengths)
+
+    def batches(
+        self,
+        *,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        skip: int = 0,
+        batch_size: int | None = None,
+        batch_frames: int | None = None,
+        max_frames: int | None = None,
+    ) -> Iterator[list[Window]]:
+        """Endless batches of windows of about equal length.
+
+        In an epoch each clip comes `weight` times (a fraction by lot). A clip longer than `max_frames` gives as many
+        random windows as it would take to cover it; with text it gives its beginning, since text is read from there.
+        All ranks get equally many batches, of about equal length at the same step; a few come twice for that.
+
+        Args:
+            seed: Decides everything.
+            rank: This process among `world_size`.
+            world_size: Number of processes; the ranks share an epoch's batches out.
+            skip: Batches of this rank to leave out at the beginning; costs no reading.
+            batch_size: Most windows a batch.
+            batch_frames: Most frames a batch, padding counted; also the most frames of a window.
+            max_frames: Most frames of a window.
+
+        Raises:
+            ValueError: when neither `batch_size` nor `batch_frames` is given, or one is below 1.
+        """
+        limits = [limit for limit in (batch_size, batch_frames, max_frames) if limit is not None]
+        if (batch_size is None and batch_frames is None) or min(limits) < 1:
+            raise ValueError(f"{batch_size=} or {batch_frames=} must be given, and with {max_frames=} be at least 1")
+        longest = min(max_frames or 1 << 62, batch_frames or 1 << 62)
+        for epoch in itertools.count():
+            windows, groups = self._plan(
+                np.random.default_rng([seed, epoch]), world_size, batch_size, batch_frames, longest
+            )
+            if skip >= len(groups):
+                skip -= len(groups)
+                continue
+            for group in groups[skip:]:
+                first, last = group[rank]
+                yield [Window(*window) for window in windows[first:last].tolist()]
+            skip = 0
+
+    def _plan(
+        self,
+        rng: np.random.Generator,
+        world_size: int,
+        batch_size: int | None,
+        batch_frames: int | None,
+        longest: int,
+    ) -> tuple[npt.NDArray[np.int64], list[list[tuple[int, int]]]]:
+        """An epoch: its windows (n, 3), and for each step the range of windows of every rank's batch."""
+        index = self.index
+        copies = np.floor(index.weight + rng.random(len(index))).astype(np.int64)
+        pieces = np.where(index.has_text, 1, -(-index.rows // longest))
+        clips = np.repeat(np.arange(len(index)), copies * pieces)
+        rng.shuffle(clips)
+        frames = np.minimum(index.rows[clips], longest)
+        starts = rng.integers(0, np.where(index.has_text[clips], 0, index.rows[clips] - frames) + 1)
+        # Windows of one pool are sorted by length: little padding, yet the order of the epoch stays random.
+        pool = 32 * batch_size if batch_size else 2048
+        order = np.lexsort((frames, np.arange(len(clips)) // pool))
+        windows = np.stack([clips, starts, frames], axis=1)[order]
+        ranges: list[tuple[int, int]] = []
+        first = 0
+        for last, length in enumerate(windows[:, 2].tolist()):
+            count = last - first
+            new_pool = last % pool == 0 and count > 0
+            too_many = batch_size is not None and count + 1 > batch_size
+            too_long = batch_frames is not None and count > 0 and (count + 1) * length > batch_frames
+            if new_pool or too_many or too_long:
+                ranges.append((first, last))
+                first = last
+        if len(windows):
+            ranges.append((first, len(windows)))
+        if ranges:
+            missing = -len(ranges) % world_size
+            ranges += [ranges[i % len(ranges)] for i in range(missing)]
+        groups = [ranges[i : i + world_size] for i in range(0, len(ranges), world_size)]
+        return windows, [groups[i] for i in rng.permutation(len(groups))]

@@ -1,0 +1,305 @@
+"""Rows of arrays on disk: clips one after another in memory-mapped shards that survive a kill at any moment.
+
+A cache is a folder:
+
+    meta.json         what it holds: kind, streams (dtype and width of a row), and who made it
+    00000.NAME.bin    rows of one stream, clip after clip, up to a bounded number of rows a shard
+    written.jsonl     a line for each clip whose rows are complete; appended after the rows are
+    clips.jsonl       the index: place, text, tags and labels of each clip; written at the end, as a whole
+
+Rows without a line in `written.jsonl` are cut off when writing goes on, so nothing is ever half there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from tokenizer.errors import UserError
+from tokenizer.files import replacing
+
+FORMAT_VERSION = 1
+_MAX_SHARD_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stream:
+    """One array of a clip: `width` numbers a row."""
+
+    dtype: str
+    width: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row."""
+        return np.dtype(self.dtype).itemsize * self.width
+
+
+class Place(NamedTuple):
+    """Where a clip's rows are."""
+
+    shard: int
+    row: int
+    rows: int
+
+
+def _shard_path(folder: Path, shard: int, name: str) -> Path:
+    return folder / f"{shard:05d}.{name}.bin"
+
+
+def _full(folder: Path, error: OSError) -> UserError:
+    reason = error.strerror or str(error)
+    return UserError(f"{folder} cannot be written: {reason}; what is complete stays, make room there and run it again")
+
+
+class ShardWriter:
+    """Appends clips to a cache, going on where an earlier writer stopped.
+
+    Args:
+        folder: The cache's folder; made when missing.
+        kind: `audio` or `tokens`.
+        streams: Arrays of a clip, by name; all have the same number of rows.
+        about: What else `meta.json` says; must be equal when writing goes on.
+        max_rows: Rows a shard; a longer clip has a shard of its own. By default a shard has at most about 1 GiB.
+
+    Raises:
+        UserError: the folder holds another kind of cache, cannot be written, or is being written by another process.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        kind: str,
+        streams: Mapping[str, Stream],
+        about: Mapping[str, Any],
+        max_rows: int | None = None,
+    ) -> None:
+        self.folder = folder
+        self.streams = dict(streams)
+        self._max_rows = max_rows or max(_MAX_SHARD_BYTES // max(s.row_bytes for s in streams.values()), 1)
+        self._stack = ExitStack()
+        self._files: dict[str, BinaryIO] = {}
+        self.places: dict[str, tuple[str, Place]] = {}
+        """Complete clips: key to stamp and place."""
+        meta = {
+            "format_version": FORMAT_VERSION,
+            "kind": kind,
+            **about,
+            "streams": {name: {"dtype": s.dtype, "width": s.width} for name, s in streams.items()},
+        }
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock()
+            self._check_meta(meta)
+            self._recover()
+            self._log = self._stack.enter_context((folder / "written.jsonl").open("ab"))
+            self._open_shard()
+        except OSError as error:
+            self._stack.close()
+            raise _full(folder, error) from error
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _lock(self) -> None:
+        try:
+            import fcntl
+        except ImportError:  # Windows has no advisory locks; there the user must not start two writers
+            return
+        file = self._stack.enter_context((self.folder / ".lock").open("w"))
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{self.folder} is being written by another process; wait for it or stop it") from error
+
+    def _check_meta(self, meta: dict[str, Any]) -> None:
+        path = self.folder / "meta.json"
+        if path.is_file():
+            found = read_meta(self.folder)
+            for key, value in meta.items():
+                if found.get(key) != value:
+                    raise UserError(
+                        f"{self.folder} was made with {key}={found.get(key)}, but {value} is asked for; "
+                        "choose another output folder, or delete this one"
+                    )
+            return
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+
+    def _recover(self) -> None:
+        """Take over complete clips; cut off what a killed writer left behind."""
+        log = self.folder / "written.jsonl"
+        self._shard, self._row, valid = 0, 0, 0
+        sizes: dict[int, int] = {}
+        if log.is_file():
+            with log.open("rb") as file:
+                for line in file:
+                    try:
+                        entry = json.loads(line) if line.endswith(b"\n") else None
+                    except ValueError:
+                        entry = None
+                    if entry is None:
+                        break
+                    place = Place(entry["shard"], entry["row"], entry["rows"])
+                    if place.shard not in sizes:
+                        sizes[place.shard] = self._rows_on_disk(place.shard)
+                    if place.row + place.rows > sizes[place.shard]:  # the machine, not just the program, went down
+                        break
+                    self.places[entry["key"]] = (entry["stamp"], place)
+                    self._shard, self._row = place.shard, place.row + place.rows
+                    valid += len(line)
+            os.truncate(log, valid)
+        for name, stream in self.streams.items():
+            path = _shard_path(self.folder, self._shard, name)
+            if path.is_file():
+                os.truncate(path, self._row * stream.row_bytes)
+            later = self._shard + 1
+            while _shard_path(self.folder, later, name).is_file():
+                _shard_path(self.folder, later, name).unlink()
+                later += 1
+
+    def _rows_on_disk(self, shard: int) -> int:
+        paths = {name: _shard_path(self.folder, shard, name) for name in self.streams}
+        return min(
+            path.stat().st_size // self.streams[name].row_bytes if path.is_file() else 0 for name, path in paths.items()
+        )
+
+    def _open_shard(self) -> None:
+        for file in self._files.values():
+            file.close()
+        self._files = {
+            name: self._stack.enter_context(_shard_path(self.folder, self._shard, name).open("ab"))
+            for name in self.streams
+        }
+
+    def append(self, key: str, stamp: str, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Add a clip; an earlier clip of the same key is forgotten.
+
+        Args:
+            key: Names the clip.
+            stamp: Tells versions of the clip's source apart.
+            arrays: One (rows, width) array a stream.
+
+        Raises:
+            UserError: when the disk is full; the cache stays as it was before this clip.
+        """
+        rows = {len(array) for array in arrays.values()}
+        assert arrays.keys() == self.streams.keys(), "one array a stream"
+        assert len(rows) == 1, "equally many rows in all"
+        place = Place(self._shard, self._row, rows.pop())
+        try:
+            if self._row and self._row + place.rows > self._max_rows:
+                place = Place(self._shard + 1, 0, place.rows)
+                self._shard = place.shard
+                self._open_shard()
+            for name, stream in self.streams.items():
+                array = np.ascontiguousarray(arrays[name], dtype=stream.dtype).reshape(place.rows, stream.width)
+                self._files[name].write(array.data.cast("B") if array.size else b"")
+                self._files[name].flush()
+            line = json.dumps({"key": key, "stamp": stamp, **place._asdict()}, ensure_ascii=False)
+            self._log.write(line.encode() + b"\n")
+            self._log.flush()
+        except OSError as error:
+            raise _full(self.folder, error) from error
+        self._row = place.row + place.rows
+        self.places[key] = (stamp, place)
+
+    def finish(self, records: Iterable[tuple[str, Mapping[str, Any]]]) -> int:
+        """Write the index: one line for each (key, record), in order, leaving out clips that are not here.
+
+        Returns:
+            The number of clips in the index.
+        """
+        count = 0
+        with replacing(self.folder / "clips.jsonl") as temporary, temporary.open("w", encoding="utf-8") as file:
+            for key, record in records:
+                if key in self.places:
+                    _, place = self.places[key]
+                    file.write(json.dumps({**place._asdict(), "key": key, **record}, ensure_ascii=False) + "\n")
+                    count += 1
+        return count
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """Read and check a cache's `meta.json`.
+
+    Raises:
+        UserError: not a cache, or one of another version.
+    """
+    path = folder / "meta.json"
+    if not path.is_file():
+        raise UserError(f"{folder} is not a prepared cache (it has no meta.json); make one with `hybridlm prepare`")
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        version = meta["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged; delete the folder and prepare it again") from error
+    if version != FORMAT_VERSION:
+        raise UserError(f"{folder} has format_version={version}, but must be {FORMAT_VERSION}; prepare it again")
+    return dict(meta)
+
+
+class ShardReader:
+    """Reads clips' rows from a finished cache, mapping files into memory as they are touched.
+
+    Raises:
+        UserError: not a cache of this kind, or not finished.
+    """
+
+    def __init__(self, folder: Path, kind: str) -> None:
+        self.folder = folder
+        self.meta = read_meta(folder)
+        if self.meta["kind"] != kind:
+            raise UserError(f"{folder} is a cache of {self.meta['kind']}, but must be one of {kind}")
+        self.streams = {name: Stream(**stream) for name, stream in self.meta["streams"].items()}
+        self._index = folder / "clips.jsonl"
+        if not self._index.is_file():
+            raise UserError(f"{folder} is not complete (it has no clips.jsonl); prepare it again, it will go on")
+        self._maps: dict[tuple[str, int], npt.NDArray[Any]] = {}
+
+    def lines(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The index: byte offset and content of each line."""
+        offset = 0
+        with self._index.open("rb") as file:
+            for line in file:
+                yield offset, json.loads(line)
+                offset += len(line)
+
+    def line(self, offset: int) -> dict[str, Any]:
+        """The line of the index at a byte offset."""
+        with self._index.open("rb") as file:
+            file.seek(offset)
+            return dict(json.loads(file.readline()))
+
+    def rows(self, name: str, shard: int, start: int, stop: int) -> npt.NDArray[Any]:
+        """Rows [start, stop) of a stream, (rows, width); a view of the file.
+
+        Raises:
+            UserError: when the file is shorter than the index says.
+        """
+        stream = self.streams[name]
+        if (name, shard) not in self._maps:
+            path = _shard_path(self.folder, shard, name)
+            if not path.is_file():
+                raise UserError(f"{path} is missing; prepare {self.folder} again")
+            flat = np.memmap(path, dtype=stream.dtype, mode="r") if path.stat().st_size else np.zeros(0, stream.dtype)
+            self._maps[name, shard] = flat[: len(flat) // stream.width * stream.width].reshape(-1, stream.width)
+        mapped = self._maps[name, shard]
+        if stop > len(mapped):
+            raise UserError(f"{_shard_path(self.folder, shard, name)} is cut short; prepare {self.folder} again")
+        return mapped[start:stop]
