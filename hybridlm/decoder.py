@@ -142,6 +142,8 @@ class Attention(nn.Module):
 
             y = flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=True)
             return y.reshape(batch, length, -1)
+        if half and q.requires_grad and q.device.type == "cpu":
+            return _plain_attention(q, k, v, mask)
         if group > 1:
             k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
@@ -317,6 +319,23 @@ class Decoder(nn.Module):
             layer.attention_norm.weight.copy_(weights[at + "input_layernorm.weight"])
             layer.mlp_norm.weight.copy_(weights[at + "post_attention_layernorm.weight"])
         self.norm.weight.copy_(weights["norm.weight"])
+
+
+def _plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention written out: (B, H, L, E) queries of G key-value heads to (B, L, H * E).
+
+    Forward and backward in bfloat16 take a third of the time of PyTorch's CPU kernel, which is made for inference and
+    repeats the key-value heads.
+    """
+    batch, num_heads, length, head_dim = q.shape
+    num_kv_heads, total = k.shape[1:3]
+    if mask is None:
+        mask = torch.ones(1, 1, length, total, dtype=torch.bool, device=q.device).tril()
+    bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, float("-inf"))
+    grouped = (q * head_dim**-0.5).reshape(batch, num_kv_heads, -1, head_dim)  # (B, G, H / G * L, E)
+    scores = (grouped @ k.transpose(-1, -2)).view(batch, num_kv_heads, -1, length, total) + bias[:, :, None]
+    weights = scores.softmax(dim=-1).view(batch, num_kv_heads, -1, total)
+    return (weights.to(v.dtype) @ v).view(batch, num_heads, length, head_dim).transpose(1, 2).reshape(batch, length, -1)
 
 
 def _extend_key_mask(
