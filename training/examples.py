@@ -1,0 +1,110 @@
+"""From cached clips to what a model is trained and measured on: prefixes of text and tags, noised latents, their codes.
+
+Shapes: B batch, P prefix, T frames, K codebooks, D latent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from tokenizer.frames import AudioFrames, Tokenizer
+from tokenizer.text import TextTokenizer
+
+
+class Prefix(NamedTuple):
+    """Left-padded text and tags of a batch, each row ending in `<audio>`."""
+
+    ids: Int[Tensor, "B P"]
+    mask: Bool[Tensor, "B P"]
+    """False for padding."""
+    text_mask: Bool[Tensor, "B P"]
+    """True for pieces of text."""
+
+
+def make_prefix(
+    text: TextTokenizer, rows: Sequence[tuple[str | None, Sequence[str]]], max_pieces: int | None = None
+) -> Prefix:
+    """Encode the (text, tags) of each row.
+
+    Args:
+        text: Pieces and tags.
+        rows: Text (None: none) and tags of each row.
+        max_pieces: A row whose prefix would be longer keeps its tags and loses its text.
+
+    Raises:
+        UserError: an unknown tag.
+    """
+    encoded = []
+    for words, tags in rows:
+        ids = text.encode(words, tags)
+        if max_pieces is not None and len(ids) > max_pieces:
+            ids = text.encode(None, tags)
+        encoded.append((ids, len(tags)))
+    columns = max(len(ids) for ids, _ in encoded)
+    prefix = torch.full((len(encoded), columns), text.pad_id, dtype=torch.int64)
+    mask = torch.zeros(len(encoded), columns, dtype=torch.bool)
+    text_mask = torch.zeros_like(mask)
+    for row, (ids, num_tags) in enumerate(encoded):
+        first = columns - len(ids)
+        prefix[row, first:] = torch.tensor(ids)
+        mask[row, first:] = True
+        text_mask[row, first + num_tags : -1] = True
+    return Prefix(prefix, mask, text_mask)
+
+
+def clip_noise(key: str, num_frames: int, dim: int) -> Float[Tensor, "T D"]:
+    """Unit noise of a clip, from its key alone: the same in any batch, order or process."""
+    seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") >> 1
+    return torch.randn(num_frames, dim, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def noised_frames(
+    tokenizer: Tokenizer, frames: AudioFrames, sigma: float, noise: Float[Tensor, "B T D"] | None
+) -> AudioFrames:
+    """The frames that are scored: z + sigma * eps, and the codes of these very latents.
+
+    Codes of cleaner latents would tell a hybrid model what the scored latents do not hold, and its likelihood would
+    bound nothing. Always in fp32: a nearest code found in less precision is another code.
+
+    Args:
+        tokenizer: What made the frames.
+        frames: Clean frames.
+        sigma: Standard deviation of the noise, in the latents' own unit; 0 leaves frames as they are.
+        noise: Unit noise; may be None for sigma = 0.
+    """
+    if sigma == 0:
+        return frames
+    assert noise is not None, "noise is needed for sigma > 0"
+    with torch.autocast(frames.latents.device.type, enabled=False):
+        latents = frames.latents + sigma * noise
+        codes = tokenizer.quantize(latents)
+    return AudioFrames(codes=codes, latents=latents, lengths=frames.lengths, features=frames.features)
+
+
+@torch.no_grad()
+def codebook_vectors(tokenizer: Tokenizer) -> Float[Tensor, "K V D"]:
+    """What each code adds to the dequantized latent after codes of 0: the codebooks, for a residual codec."""
+    size, vectors = tokenizer.codebook_size, []
+    before: Tensor | float = 0.0
+    for k in range(tokenizer.num_codebooks):
+        codes = torch.zeros(1, k + 1, size, dtype=torch.int64)
+        codes[0, k] = torch.arange(size)
+        latents = tokenizer.dequantize(codes.to(device_of(tokenizer)))[0].cpu()
+        vectors.append(latents - before)
+        before = latents[:1]
+    return torch.stack(vectors)
+
+
+def device_of(tokenizer: Tokenizer) -> torch.device:
+    """Where a tokenizer's weights are."""
+    if isinstance(tokenizer, nn.Module):
+        for tensor in (*tokenizer.parameters(), *tokenizer.buffers()):
+            return tensor.device
+    return torch.device("cpu")

@@ -1,0 +1,377 @@
+"""Training of a language model on cached frames: codes, latents, stop and alignment, all from one pass.
+
+Shapes: B batch, P prefix, T frames, K codebooks, D latent.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hybridlm.checkpoint import Checkpoint, resolve, save_model
+from hybridlm.config import ModelConfig
+from hybridlm.model import HybridLM, drop_conditions
+from tokenizer.errors import UserError
+from tokenizer.frames import AudioFrames, Tokenizer
+from tokenizer.loading import PRETRAINED, load_tokenizer
+from tokenizer.settings import from_mapping
+from tokenizer.text import TextTokenizer
+from training.corpus import TokenCache, Window
+from training.examples import clip_noise, codebook_vectors, device_of, make_prefix, noised_frames
+from training.language_loss import LanguageLossConfig, combine, sums
+from training.manifest import TagRule
+from training.state import checkpoints
+from training.task import Batch, Sample
+
+Sampler = Callable[[HybridLM, Tokenizer, TextTokenizer], Sequence[Sample]]
+"""Makes a model sound, for TensorBoard; given by the caller, for training does not know sampling."""
+
+DERIVED = ("vocab_size", "num_codebooks", "codebook_size", "latent_dim", "feature_dim", "frame_rate_hz")
+"""Fields of `ModelConfig` that the tokenizer and the text model decide."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LanguageDataConfig:
+    """What is read, and in which portions."""
+
+    caches: tuple[str, ...]
+    """Folders made by `hybridlm prepare`, all by the same tokenizer."""
+    rules: tuple[TagRule, ...] = ()
+    """Tags, use of text and weights by label; none: clips as the caches hold them."""
+    validation_fraction: float = 0.02
+    """Share of the training split held back for validation."""
+    batch_frames: int = 4000
+    """Frames a micro-batch, padding counted."""
+    max_frames: int = 750
+    """Longer clips are cut into windows of this many frames."""
+    validation_frames: int = 20_000
+    """Most frames that a validation reads."""
+
+    def __post_init__(self) -> None:
+        if not self.caches:
+            raise ValueError("caches=[] must name at least one folder made by `hybridlm prepare`")
+        for name in ("batch_frames", "max_frames", "validation_frames"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextConfig:
+    """The text pieces and tags."""
+
+    model: str | None = None
+    """A text model, or a folder that holds one. None: learn one from `sentences` and the clips' texts."""
+    sentences: str | None = None
+    """File of sentences, one a line."""
+    vocab_size: int = 512
+    tags: tuple[str, ...] = ()
+    """Tags besides those of the clips."""
+    max_pieces: int = 400
+    """A clip whose prefix would be longer is taken without its text."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LanguageTaskConfig:
+    """Settings of `task: language`, under `language:`."""
+
+    tokenizer: str
+    """Name or folder of the tokenizer that made the caches."""
+    data: LanguageDataConfig
+    text: TextConfig = field(default_factory=TextConfig)
+    model: dict[str, Any] = field(default_factory=dict)
+    """Fields of `hybridlm.config.ModelConfig`, without those that the tokenizer and the text model decide."""
+    losses: LanguageLossConfig = field(default_factory=LanguageLossConfig)
+
+
+class LanguageTask:
+    """See `training.task.Task`.
+
+    Args:
+        config: Settings.
+        output: Folder of the run, where the text model is kept for resuming.
+        start: A model to go on from, with its tokenizer and text; then `config.tokenizer` and `config.text` are not
+            read, and `config.model` may change training-time fields alone.
+        sampler: Makes audio for TensorBoard.
+
+    Raises:
+        UserError: settings, caches or texts that do not fit together.
+    """
+
+    def __init__(
+        self,
+        config: LanguageTaskConfig,
+        *,
+        output: Path,
+        start: Checkpoint | None = None,
+        sampler: Sampler | None = None,
+    ) -> None:
+        self.config, self._sampler = config, sampler
+        if start is not None:
+            self.tokenizer = start.tokenizer
+        else:
+            known = config.tokenizer in PRETRAINED
+            self.tokenizer = load_tokenizer(config.tokenizer if known else resolve(config.tokenizer))
+        self.train_data = self._cache("train")
+        self.validation_data = self._cache("validation") if config.data.validation_fraction > 0 else None
+        self.text = start.text if start is not None else self._text(output)
+        for tag in self.train_data.index.all_tags():
+            self.text.tag_id(tag)
+        self.model = self._model(start)
+        weights = config.losses.code_weights
+        if weights and len(weights) != self.model.config.output_codebooks:
+            raise UserError(
+                f"losses.code_weights has {len(weights)} numbers, but the model predicts "
+                f"{self.model.config.output_codebooks} codebooks; give one each, or none"
+            )
+
+    # What the loop asks for
+
+    def modules(self) -> Mapping[str, nn.Module]:
+        """The model; tokenizer and text stay as they are."""
+        return {"model": self.model}
+
+    def turns(self, step: int) -> Sequence[str]:
+        """The model, always."""
+        return ("model",)
+
+    def batches(self, *, seed: int, rank: int, world_size: int, skip: int) -> Iterator[Batch]:
+        """Windows of about equal length, without noise."""
+        data = self.config.data
+        windows = self.train_data.batches(
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+            skip=skip,
+            batch_frames=data.batch_frames,
+            max_frames=min(data.max_frames, self.model.config.max_frames),
+        )
+        for batch in windows:
+            yield self.batch(self.train_data, batch)
+
+    def batch(self, cache: TokenCache, windows: Sequence[Window]) -> Batch:
+        """Read windows; a window that lacks its clip's beginning has no text."""
+        clips = [cache.read(window) for window in windows]
+        texts = [clip.text if window.start == 0 else None for clip, window in zip(clips, windows, strict=True)]
+        rows = [(text, clip.tags) for text, clip in zip(texts, clips, strict=True)]
+        prefix = make_prefix(self.text, rows, self.config.text.max_pieces)
+        ended = torch.tensor([window.start + window.frames == cache.num_frames(window.clip) for window in windows])
+        complete = ended & torch.tensor([window.start == 0 for window in windows])
+        frames = cache.frames(clips)
+        batch: Batch = {
+            "prefix": prefix.ids,
+            "prefix_mask": prefix.mask,
+            "text_mask": prefix.text_mask,
+            "codes": frames.codes,
+            "latents": frames.latents,
+            "lengths": frames.lengths,
+            "ended": ended,
+            "aligned": complete & prefix.text_mask.any(dim=1),
+        }
+        if frames.features is not None:
+            batch["features"] = frames.features
+        return batch
+
+    def size(self, batch: Batch) -> int:
+        """Frames without padding."""
+        return int(batch["lengths"].sum())
+
+    def loss(
+        self, turn: str, batch: Batch, *, step: int, generator: torch.Generator
+    ) -> tuple[Tensor, Mapping[str, Tensor | float]]:
+        """The weighted sum of the parts, each a mean a code, dimension, decision or row."""
+        losses, config = self.config.losses, self.model.config
+        device = batch["latents"].device
+        noise = torch.randn(batch["latents"].shape, generator=generator, device=device)
+        mask = batch["prefix_mask"]
+        hidden = torch.rand(mask.shape[0], 1, generator=generator, device=device) < losses.text_dropout
+        mask = mask & ~(hidden & batch["text_mask"])
+        mask = drop_conditions(mask, config.condition_dropout, generator)
+        align = losses.alignment_weight > 0 and config.alignment_heads > 0 and bool(batch["aligned"].any())
+        nll = self.model(
+            batch["prefix"],
+            mask,
+            self._noised(batch, noise),
+            ended=batch["ended"],
+            generator=generator,
+            head_fraction=losses.head_fraction,
+            text_mask=batch["text_mask"] if align else None,
+            aligned=batch["aligned"] if align else None,
+        )
+        return combine(nll, losses, latent_dim=config.latent_dim, aligned=batch["aligned"])
+
+    def validate(self) -> Mapping[str, float]:
+        """Likelihood of the held-out clips, in nats a frame; the noise of a clip is always the same."""
+        cache = self.validation_data or self.train_data
+        totals: dict[str, float] = {}
+        frames = 0
+        for windows in self._validation_windows(cache):
+            batch = self.batch(cache, windows)
+            shape = batch["latents"].shape
+            noise = torch.zeros(shape)
+            for row, window in enumerate(windows):
+                key = f"{cache.index.clip(window.clip).key}@{window.start}"
+                noise[row, : window.frames] = clip_noise(key, window.frames, shape[2])
+            batch = {name: value.to(self._device()) for name, value in batch.items()}
+            nll = self.model(
+                batch["prefix"],
+                batch["prefix_mask"],
+                self._noised(batch, noise.to(self._device())),
+                ended=batch["ended"],
+            )
+            frames += int(nll.mask.sum())
+            for name, value in sums(nll).items():
+                totals[name] = totals.get(name, 0.0) + value
+        figures = {name: value / frames for name, value in totals.items()}
+        figures["loss"] = sum(figures[name] for name in ("codes", "latents", "stop"))
+        return figures
+
+    def export(self, folder: Path) -> None:
+        """The model's folder."""
+        save_model(folder, self.model, self.tokenizer, self.text)
+
+    def samples(self) -> Sequence[Sample]:
+        """What the sampler makes of the model."""
+        return self._sampler(self.model, self.tokenizer, self.text) if self._sampler is not None else ()
+
+    # Inside
+
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def _noised(self, batch: Batch, noise: Tensor) -> AudioFrames:
+        if isinstance(self.tokenizer, nn.Module) and device_of(self.tokenizer) != noise.device:
+            self.tokenizer.to(noise.device)
+        frames = AudioFrames(
+            codes=batch["codes"],
+            latents=batch["latents"],
+            lengths=batch["lengths"],
+            features=batch.get("features"),
+        )
+        return noised_frames(self.tokenizer, frames, self.model.config.sigma, noise)
+
+    def _validation_windows(self, cache: TokenCache) -> Iterator[list[Window]]:
+        """The beginnings of clips in an order that mixes sources, as far as `validation_frames` go, by length."""
+        data = self.config.data
+        longest = min(data.max_frames, data.batch_frames, self.model.config.max_frames)
+        order = torch.randperm(len(cache), generator=torch.Generator().manual_seed(0)).tolist()
+        chosen: list[Window] = []
+        left = data.validation_frames
+        for clip in order:
+            if left <= 0:
+                break
+            chosen.append(Window(clip, 0, min(cache.num_frames(clip), longest)))
+            left -= chosen[-1].frames
+        chosen.sort(key=lambda window: window.frames)
+        batch: list[Window] = []
+        for window in chosen:
+            if batch and (len(batch) + 1) * window.frames > data.batch_frames:
+                yield batch
+                batch = []
+            batch.append(window)
+        yield batch
+
+    def _cache(self, split: str) -> TokenCache:
+        data = self.config.data
+        return TokenCache(
+            [Path(folder) for folder in data.caches],
+            tokenizer=self.tokenizer,
+            split=split,
+            validation_fraction=data.validation_fraction,
+            rules=data.rules,
+        )
+
+    def _text(self, output: Path) -> TextTokenizer:
+        """The given text model, that of the run to be resumed, or one learned now."""
+        settings, kept = self.config.text, output / "text.model"
+        if settings.model is not None:
+            return TextTokenizer.load(Path(settings.model))
+        if checkpoints(output) and kept.is_file():
+            return TextTokenizer.load(kept)
+        sentences = read_sentences(Path(settings.sentences)) if settings.sentences else []
+        index = self.train_data.index
+        sentences += sorted({str(index.clip(i).text) for i in range(len(index)) if index.has_text[i]})
+        tags = [*settings.tags, *index.all_tags()]
+        # A corpus without any text still needs pieces, since a prefix may be asked for.
+        return TextTokenizer.train(sentences or ["a"], kept, vocab_size=settings.vocab_size, tags=tags)
+
+    def _model(self, start: Checkpoint | None) -> HybridLM:
+        given = self.config.model
+        for name in DERIVED:
+            if name in given:
+                raise UserError(f"language.model.{name} is decided by the tokenizer and the text; leave it out")
+        if start is not None:
+            config = from_mapping(ModelConfig, {**_fields(start.model.config), **given}, where="language.model")
+            model = HybridLM(config)
+            try:
+                model.load_state_dict(start.model.state_dict())
+            except RuntimeError as error:
+                raise UserError(
+                    f"language.model={given} does not fit the model's weights; change dropout, condition_dropout or "
+                    "history_noise alone"
+                ) from error
+            return model
+        tokenizer = self.tokenizer
+        derived = {
+            "vocab_size": self.text.vocab_size,
+            "num_codebooks": tokenizer.num_codebooks,
+            "codebook_size": tokenizer.codebook_size,
+            "latent_dim": tokenizer.latent_dim,
+            "feature_dim": self.train_data.feature_dim,
+            "frame_rate_hz": tokenizer.frame_rate_hz,
+        }
+        model = HybridLM(from_mapping(ModelConfig, {**given, **derived}, where="language.model"))
+        set_scale(model, self.train_data)
+        if model.config.uses_codes and tokenizer.latent_dim <= model.config.code_embedding_dim:
+            model.initialize_code_embeddings(codebook_vectors(tokenizer))
+        return model
+
+
+def set_scale(model: HybridLM, cache: TokenCache, max_frames: int = 50_000) -> None:
+    """Tell a new model the mean and standard deviation of latents and features, from clips throughout the cache."""
+    latents, features, seen = [], [], 0
+    order = torch.randperm(len(cache), generator=torch.Generator().manual_seed(0)).tolist()
+    for clip in order:
+        part = cache.read(Window(clip, 0, min(cache.num_frames(clip), 500)))
+        latents.append(part.latents)
+        features += [part.features] if part.features is not None else []
+        seen += len(part.latents)
+        if seen >= max_frames:
+            break
+    joined = torch.cat(latents)
+    scale: dict[str, Tensor] = {"latent_mean": joined.mean(dim=0), "latent_std": _std(joined)}
+    if features:
+        joined = torch.cat(features)
+        scale |= {"feature_mean": joined.mean(dim=0), "feature_std": _std(joined)}
+    model.set_statistics(**scale)
+
+
+def read_sentences(path: Path) -> list[str]:
+    """Lines of a text file, or the `text` entries of a JSON-lines file.
+
+    Raises:
+        UserError: no such file, or not UTF-8 text.
+    """
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"text.sentences={path} cannot be read ({error}); name a UTF-8 text file") from error
+    if path.suffix != ".jsonl":
+        return lines
+    try:
+        return [text for line in lines if isinstance(text := json.loads(line).get("text"), str)]
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"text.sentences={path} is not a JSON-lines file ({error})") from error
+
+
+def _std(values: Tensor) -> Tensor:
+    return values.std(dim=0).clamp(min=1e-4)
+
+
+def _fields(config: ModelConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in ModelConfig.__slots__}
