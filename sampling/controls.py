@@ -1,0 +1,82 @@
+"""How boldly to draw: temperature, top-k, top-p, classifier-free guidance, and when to believe a stop.
+
+Shapes: B rows, V choices.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tokenizer.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Controls:
+    """The settings of one generation. The defaults are the ones that `hybridlm generate` uses."""
+
+    temperature: float = 0.8
+    """Divides the logits of codes and of mixture components; 0 takes the most likely choice every time."""
+    latent_temperature: float | None = None
+    """Multiplies the variance of the drawn latents (CALM, arXiv 2509.06926); None: `temperature`."""
+    top_k: int | None = None
+    """Keep only the k most likely codes."""
+    top_p: float | None = 0.95
+    """Keep the smallest set of codes whose probability reaches p; 1 or None keeps all."""
+    cfg: float = 1.0
+    """Classifier-free guidance: 1 is the conditional model, more follows the text and the tags more closely."""
+    stop_floor: float = 0.1
+    """Stop probabilities below this count as 0: at 25 frames a second even 1 % a frame would cut most sentences."""
+    num_candidates: int = 16
+    """Latents drawn a frame, of which guidance chooses one; only a continuous-only model with `cfg` above 1 uses it."""
+
+    def __post_init__(self) -> None:
+        _check_number("temperature", self.temperature, "use 0 for the most likely choice, about 0.8 for a natural one")
+        if self.latent_temperature is not None:
+            _check_number("latent_temperature", self.latent_temperature, "use about 0.7")
+        _check_number("cfg", self.cfg, "use 1 for no guidance, 1.5 to 3 for more")
+        if self.top_k is not None and (isinstance(self.top_k, bool) or int(self.top_k) != self.top_k or self.top_k < 1):
+            raise UserError(f"top_k={self.top_k} must be a whole number of at least 1; leave it out to keep all codes")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(f"top_p={self.top_p} must be above 0 and at most 1; 1 keeps all codes")
+        if not 0 <= self.stop_floor < 1:
+            raise UserError(f"stop_floor={self.stop_floor} must be at least 0 and below 1; use 0.1")
+        if self.num_candidates < 1:
+            raise UserError(f"num_candidates={self.num_candidates} must be at least 1; use 16")
+
+    @property
+    def latent_variance_scale(self) -> float:
+        """Factor on the variance of the latents."""
+        return self.temperature if self.latent_temperature is None else self.latent_temperature
+
+
+def sharpen(logits: Float[Tensor, "*B V"], temperature: float) -> Float[Tensor, "*B V"]:
+    """Divide by the temperature; at 0, the most likely choice gets 0 and every other one -inf."""
+    if temperature > 0:
+        return logits / temperature
+    best = logits.argmax(-1, keepdim=True)  # one of them even among equals
+    return torch.full_like(logits, -math.inf).scatter(-1, best, 0.0)
+
+
+def restrict(logits: Float[Tensor, "*B V"], controls: Controls) -> Float[Tensor, "*B V"]:
+    """Apply temperature, then top-k, then top-p; an excluded choice gets -inf, and one choice always remains."""
+    logits = sharpen(logits, controls.temperature)
+    if controls.top_k is not None and controls.top_k < logits.shape[-1]:
+        kept = logits.topk(controls.top_k, dim=-1).indices
+        logits = torch.full_like(logits, -math.inf).scatter(-1, kept, logits.gather(-1, kept))
+    if controls.top_p is not None and controls.top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+        probability = ordered.softmax(-1)
+        before = probability.cumsum(-1) - probability  # mass of the likelier choices: 0 for the first, which stays
+        ordered = ordered.masked_fill(before >= controls.top_p, -math.inf)
+        logits = torch.empty_like(logits).scatter(-1, order, ordered)
+    return logits
+
+
+def _check_number(name: str, value: float, remedy: str) -> None:
+    if not (math.isfinite(value) and value >= 0):
+        raise UserError(f"{name}={value} must be a number of at least 0; {remedy}")

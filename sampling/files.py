@@ -1,0 +1,160 @@
+"""From a request to files: several outputs, their names, WAV or FLAC with a spectrogram beside each."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import soundfile
+from jaxtyping import Float
+from torch import Tensor
+
+from sampling.pipeline import GeneratedAudio, load
+from tokenizer.audio import write_audio, write_spectrogram
+from tokenizer.errors import UserError
+
+SUBTYPES = {".wav": "PCM_16", ".flac": "PCM_16"}
+
+
+def run(
+    *,
+    model: str | Path = "box",
+    text: str | None = None,
+    tags: Sequence[str] = (),
+    audio: str | Path | None = None,
+    duration: float | None = None,
+    num_samples: int = 1,
+    seed: int | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    cfg: float | None = None,
+    device: str = "cpu",
+    output: str | Path = "output.wav",
+) -> list[Path]:
+    """`hybridlm generate`: make `num_samples` recordings, write them and print one line for each.
+
+    Args:
+        model: "box", a model's folder or a hub id.
+        text: What to say; None for music, sound or a continuation.
+        tags: Names of tags, such as "music".
+        audio: A recording to continue.
+        duration: Seconds to make; for text, a limit.
+        num_samples: How many; the i-th equals a single one made with `seed + i`.
+        seed: None draws a seed, which is printed.
+        temperature, top_k, top_p, cfg: see `Controls`; None for the defaults.
+        device: "cpu", "cuda", ...
+        output: WAV or FLAC; several become NAME-1.wav, NAME-2.wav, ...
+
+    Returns:
+        The audio files; each has a spectrogram of the same name ending in .png.
+
+    Raises:
+        UserError: for a request that makes no sense, or a place that can't be written; before anything is generated.
+    """
+    if num_samples < 1:
+        raise UserError(f"num_samples={num_samples} must be at least 1")
+    paths = output_paths(Path(output), num_samples)
+    check_writable(paths[0])
+    seed = secrets.randbelow(2**31) if seed is None else seed
+    audio_model = load(model, device=device)
+    began = time.perf_counter()
+    made = audio_model.generate(
+        text=text,
+        tags=tags,
+        audio=audio,
+        duration=duration,
+        num_samples=num_samples,
+        seed=seed,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        cfg=cfg,
+    )
+    took = time.perf_counter() - began
+    write_rows(made, paths)
+    for row, path in enumerate(paths):
+        length = int(made.lengths[row]) / made.sample_rate_hz
+        print(f"{path}  {length:.2f} s  {made.seconds_made / took:.1f}x real time  seed {seed + row}")
+    for warning in made.warnings:
+        print(f"warning: {warning}")
+    return paths
+
+
+def write_rows(audio: GeneratedAudio, paths: Sequence[Path]) -> None:
+    """Write every row to its file, and its spectrogram beside it under the same name ending in .png."""
+    for row, path in enumerate(paths):
+        write_audio(path, audio.row(row), audio.sample_rate_hz)
+        write_spectrogram(path.with_suffix(".png"), audio.row(row), audio.sample_rate_hz)
+
+
+def output_paths(output: Path, count: int) -> list[Path]:
+    """`output` itself for one file; NAME-1.wav, NAME-2.wav, ... for several.
+
+    Raises:
+        UserError: when the name ends in neither .wav nor .flac.
+    """
+    if output.suffix.lower() not in SUBTYPES:
+        raise UserError(f"output={str(output)!r} must end in .wav or .flac")
+    if count == 1:
+        return [output]
+    return [output.with_name(f"{output.stem}-{index}{output.suffix}") for index in range(1, count + 1)]
+
+
+def check_writable(path: Path) -> None:
+    """Make the folder of `path` and try it, so that an output that can't be written is told before the work is done.
+
+    Raises:
+        UserError: when the folder can't be made or written, or `path` is a folder.
+    """
+    if path.is_dir():
+        raise UserError(f"output={str(path)!r} is a folder; add the name of a file, such as {path / 'audio.wav'}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"output={str(path)!r} can't be written ({error.strerror}); choose a folder that you may write to"
+        ) from error
+
+
+class AudioWriter:
+    """A WAV or FLAC file written piece by piece under a temporary name, and given its own name only when complete."""
+
+    def __init__(self, path: Path, sample_rate_hz: int) -> None:
+        output_paths(path, 1)
+        check_writable(path)
+        self.path = path
+        self.num_samples = 0
+        self._partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+        self._file = soundfile.SoundFile(
+            self._partial, "w", samplerate=sample_rate_hz, channels=1, subtype=SUBTYPES[path.suffix.lower()]
+        )
+
+    def __enter__(self) -> AudioWriter:
+        return self
+
+    def write(self, waveform: Float[Tensor, "1 1 S"]) -> None:
+        """Append samples, clipped to [-1, 1]."""
+        samples = waveform.reshape(-1).clamp(-1.0, 1.0).cpu().numpy().astype(np.float32)
+        try:
+            self._file.write(samples)
+        except (OSError, soundfile.SoundFileError) as error:
+            raise UserError(f"output={str(self.path)!r} can't be written ({error}); is the disk full?") from error
+        self.num_samples += len(samples)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        if kind is None:
+            os.replace(self._partial, self.path)
+        else:
+            self._partial.unlink(missing_ok=True)

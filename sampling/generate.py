@@ -1,0 +1,175 @@
+"""The frame loop: from a prefix and perhaps a prompt to frames, one at a time.
+
+Shapes: B rows, K codebooks, D latent, C hidden. With classifier-free guidance the model runs on 2B rows, the first B
+with their condition and the last B without.
+
+Classifier-free guidance. Codes: the log-probabilities are extrapolated, u + cfg (c - u). A hybrid model draws its
+latent from the conditional density given the guided codes, which already pin it down. A continuous-only model has no
+logits to extrapolate, and the product c^cfg u^(1 - cfg) of two mixtures of Gaussians has no sampler: there, candidates
+are drawn from the conditional density and one of them is chosen with weights (c / u)^(cfg - 1). This is
+sampling-importance-resampling: exact in the limit of many candidates, and with few it stays on what the conditional
+model can make (GIVT, arXiv 2312.02116, rejects instead, without a bound on the time).
+
+Equal results. Every row draws from a generator of its own, the same count of numbers a frame whatever the others do, so
+that a row depends on its seed alone. What is left is rounding: a matrix product may differ in the last bits between
+batch sizes, which moves a draw across the boundary of two codes about once in a million draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from hybridlm.code_head import draw, row_uniforms
+from hybridlm.latent_head import GaussianMixture
+from hybridlm.model import HybridLM
+from sampling.controls import Controls, restrict, sharpen
+from tokenizer.frames import AudioFrames
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """How many frames to draw."""
+
+    minimum: int
+    """Frames before which the model's wish to stop is not heard."""
+    maximum: int
+    """Frames after which every row stops; equal to `minimum` for an exact length."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """What to draw, in the model's own terms. All rows share it but for their seeds."""
+
+    prefix: Sequence[int]
+    """Ids of tags and text, ending in <audio>."""
+    unconditional: Sequence[int]
+    """The prefix of a row without condition."""
+    prompt: AudioFrames | None
+    """One row of frames that the drawn ones follow."""
+    context_frames: int
+    """So many of the prompt's last frames the model looks at."""
+    limits: Limits
+    seeds: Sequence[int]
+    """One per row."""
+    controls: Controls
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Drawn:
+    """One frame of every row."""
+
+    codes: Int[Tensor, "B K 1"] | None
+    """None for a continuous model."""
+    latents: Float[Tensor, "B 1 D"] | None
+    """None for a discrete model."""
+    active: Bool[Tensor, " B"]
+    """False for rows that have stopped: their frame means nothing."""
+
+
+@torch.inference_mode()
+def generate_frames(model: HybridLM, request: Request) -> Iterator[Drawn]:
+    """Draw frame by frame, until every row has stopped or the limit is reached.
+
+    Args:
+        model: In evaluation mode; it must not need features, which only decoded audio has.
+        request: See `Request`.
+
+    Yields:
+        At least one frame; the first one is active in every row.
+    """
+    config, controls = model.config, request.controls
+    device = next(model.parameters()).device
+    rows = len(request.seeds)
+    guided = controls.cfg != 1.0 and list(request.prefix) != list(request.unconditional)
+    prefix, prefix_mask = _prefixes(request, guided, device)
+    # On the CPU, so that a seed means the same on every device.
+    generators = [torch.Generator().manual_seed(seed) for seed in request.seeds]
+    h, cache = model.start(prefix, prefix_mask, _context(request, prefix.shape[0]))
+    active = torch.ones(rows, dtype=torch.bool, device=device)
+    for index in range(request.limits.maximum):
+        conditional, free = (h[:rows], h[rows:]) if guided else (h, None)
+        stops = _stops(model.stop_logit(conditional), row_uniforms(generators, 1, device), controls.stop_floor)
+        if index >= max(1, request.limits.minimum):
+            active = active & ~stops
+            if not bool(active.any()):
+                return
+        codes = latents = None
+        if config.uses_codes:
+            codes = model.code_head.sample(
+                conditional,
+                generators,
+                lambda logits: restrict(logits, controls),
+                unconditional=free,
+                cfg=controls.cfg,
+            )
+        if config.predicts_latents:
+            latents = _draw_latents(model, conditional, free, codes, generators, controls)
+        frame = Drawn(
+            codes=None if codes is None else codes[:, :, None],
+            latents=None if latents is None else latents[:, None],
+            active=active,
+        )
+        yield frame
+        if index + 1 < request.limits.maximum:
+            h, cache = model.step(_twice(frame.codes, guided), _twice(frame.latents, guided), None, cache)
+
+
+def _prefixes(request: Request, guided: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Left-padded prefixes (B or 2B, P) and their mask."""
+    lines = [list(request.prefix)] * len(request.seeds)
+    if guided:
+        lines += [list(request.unconditional)] * len(request.seeds)
+    length = max(map(len, lines))
+    prefix = torch.tensor([[0] * (length - len(line)) + line for line in lines], device=device)
+    mask = torch.tensor([[False] * (length - len(line)) + [True] * len(line) for line in lines], device=device)
+    return prefix, mask
+
+
+def _context(request: Request, rows: int) -> AudioFrames | None:
+    if request.prompt is None:
+        return None
+    prompt, seen = request.prompt, min(request.context_frames, request.prompt.latents.shape[1])
+    start = prompt.latents.shape[1] - seen
+    return AudioFrames(
+        codes=prompt.codes[:, :, start:].expand(rows, -1, -1),
+        latents=prompt.latents[:, start:].expand(rows, -1, -1),
+        lengths=torch.full((rows,), seen, device=prompt.latents.device),
+    )
+
+
+def _twice(x: Tensor | None, guided: bool) -> Tensor | None:
+    return torch.cat([x, x]) if guided and x is not None else x
+
+
+def _stops(logit: Float[Tensor, " B"], uniforms: Float[Tensor, "B 1"], floor: float) -> Bool[Tensor, " B"]:
+    """Draw whether each row stops here; probabilities below `floor` count as 0."""
+    probability = logit.float().reshape(-1).sigmoid()
+    return (probability >= floor) & (uniforms[:, 0] < probability)
+
+
+def _draw_latents(
+    model: HybridLM,
+    conditional: Float[Tensor, "B C"],
+    free: Float[Tensor, "B C"] | None,
+    codes: Int[Tensor, "B K"] | None,
+    generators: Sequence[torch.Generator],
+    controls: Controls,
+) -> Float[Tensor, "B D"]:
+    mixture = model.latent_head.distribution(conditional, codes)
+    if free is None or codes is not None:
+        return _draw(mixture, generators, controls)
+    candidates = torch.stack([_draw(mixture, generators, controls) for _ in range(controls.num_candidates)], dim=1)
+    unguided = model.latent_head.distribution(free, None)
+    ratio = torch.stack([mixture.log_prob(z) - unguided.log_prob(z) for z in candidates.unbind(dim=1)], dim=1)  # (B, N)
+    chosen = draw((controls.cfg - 1.0) * ratio, row_uniforms(generators, 1, candidates.device)[:, 0])
+    return candidates[torch.arange(len(chosen), device=chosen.device), chosen]
+
+
+def _draw(mixture: GaussianMixture, generators: Sequence[torch.Generator], controls: Controls) -> Float[Tensor, "B D"]:
+    sharper = replace(mixture, log_weights=sharpen(mixture.log_weights, controls.temperature))
+    return sharper.sample(generators, temperature=controls.latent_variance_scale)

@@ -1,0 +1,302 @@
+"""A loaded model as its user sees it: text, tags or a recording in, audio out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hybridlm.checkpoint import load_model
+from hybridlm.config import ModelConfig
+from hybridlm.model import HybridLM
+from sampling.controls import Controls
+from sampling.generate import Drawn, Limits, Request, generate_frames
+from sampling.stream import stream_audio
+from tokenizer.audio import read_audio
+from tokenizer.errors import UserError
+from tokenizer.frames import AudioFrames, Source, Tokenizer
+from tokenizer.text import TextTokenizer
+
+DEFAULT_SECONDS = 10.0
+"""Of music, sound and continuations, when no duration is asked for."""
+SECONDS_PER_BYTE = 0.065
+"""Of read English, in the median; a byte of UTF-8, so that a Chinese character counts three times."""
+FASTEST_SECONDS_PER_BYTE = 0.03
+"""Nobody reads faster (of 1,620 recordings of one voice, none below 0.044): an earlier stop is a mistake."""
+SLOWEST_SECONDS_PER_BYTE = 0.12
+SLACK_SECONDS = 2.0
+"""The longest speech is 2 s + 0.12 s a byte; of those recordings, none is longer."""
+LARGEST_SEED = 2**63 - 1
+"""What a torch.Generator takes."""
+VOICE_TAGS = ("speech", "speaker:kathleen")
+"""What text is spoken with when no tag is given; those of them that the model knows."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GeneratedAudio:
+    """What was made; row i equals the single generation with seed + i."""
+
+    waveform: Float[Tensor, "B 1 S"]
+    """float32 in [-1, 1]; after a row's length it is silent. A continuation begins with its prompt."""
+    sample_rate_hz: int
+    lengths: Int[Tensor, " B"]
+    """Samples per row."""
+    frames: AudioFrames
+    """The same audio as codes and latents, the prompt's frames included."""
+    seed: int
+    seconds_made: float
+    """Of new audio in all rows together, without the prompt."""
+    warnings: tuple[str, ...] = ()
+    """What a listener should know, such as a sentence that did not end by itself."""
+
+    def row(self, index: int) -> Float[Tensor, "1 S"]:
+        """One recording, cut to its length."""
+        return self.waveform[index, :, : int(self.lengths[index])]
+
+
+class AudioModel:
+    """A language model, the tokenizer of its frames and the pieces of its text.
+
+    Args:
+        model: In evaluation mode.
+        tokenizer: The one whose frames the model was trained on.
+        text: The text pieces and tags of its prefix.
+    """
+
+    def __init__(self, model: HybridLM, tokenizer: Tokenizer, text: TextTokenizer) -> None:
+        self.model, self.tokenizer, self.text = model, tokenizer, text
+        self.sample_rate_hz = tokenizer.sample_rate_hz
+
+    @property
+    def tags(self) -> list[str]:
+        """The tags that the model knows."""
+        return self.text.tags
+
+    @property
+    def source(self) -> Source:
+        """What the audio is decoded from: latents, unless the model makes codes only."""
+        return "latents" if self.model.config.predicts_latents else "codes"
+
+    def generate(
+        self,
+        text: str | None = None,
+        tags: Sequence[str] = (),
+        audio: str | Path | Float[Tensor, "1 S"] | None = None,
+        duration: float | None = None,
+        num_samples: int = 1,
+        seed: int = 0,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        cfg: float | None = None,
+        controls: Controls | None = None,
+    ) -> GeneratedAudio:
+        """Make audio.
+
+        Args:
+            text: What to say. Without it, the model makes what the tags say, or goes on with `audio`, or anything.
+            tags: Names of tags, such as "music"; see `tags`.
+            audio: A recording to continue: a file, or samples at `sample_rate_hz`. The result begins with it.
+            duration: Seconds of new audio; exactly so many without text, at most so many with text.
+            num_samples: How many to make at once.
+            seed: Row i is drawn with `seed + i`, and is the same alone, in a batch or streamed.
+            temperature, top_k, top_p, cfg: Override those of `controls`.
+            controls: See `Controls`; its defaults where None.
+
+        Raises:
+            UserError: for a value that makes no sense, an unknown tag, text that is empty or too long, a recording that
+                can't be read, or a model that can't generate.
+        """
+        if num_samples < 1:
+            raise UserError(f"num_samples={num_samples} must be at least 1")
+        controls = _override(controls, temperature=temperature, top_k=top_k, top_p=top_p, cfg=cfg)
+        request = self._request(text, tags, audio, duration, seed, num_samples, controls)
+        steps = list(generate_frames(self.model, request))
+        active = torch.stack([step.active for step in steps], dim=1)  # (B, T)
+        made = active.sum(dim=1).cpu()
+        frames = self._join(request, steps, made)
+        waveform, lengths = self._decode(frames)
+        limit = request.limits.maximum
+        warnings = [
+            f"seed {seed + row}: stopped at the limit of {limit / self.tokenizer.frame_rate_hz:.1f} s before its end"
+            for row in range(num_samples)
+            if text is not None and made[row] == limit and duration is None
+        ]
+        return GeneratedAudio(
+            waveform=waveform,
+            sample_rate_hz=self.sample_rate_hz,
+            lengths=lengths,
+            frames=frames,
+            seed=seed,
+            seconds_made=int(made.sum()) / self.tokenizer.frame_rate_hz,
+            warnings=tuple(warnings),
+        )
+
+    def stream(
+        self,
+        text: str | None = None,
+        tags: Sequence[str] = (),
+        audio: str | Path | Float[Tensor, "1 S"] | None = None,
+        duration: float | None = None,
+        seed: int = 0,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        cfg: float | None = None,
+        controls: Controls | None = None,
+        chunk_frames: int = 5,
+    ) -> Iterator[Float[Tensor, "1 1 S"]]:
+        """Make one recording and hand it out while it is made; the pieces, joined, equal `generate` to 1e-5.
+
+        Args: as `generate`, and
+            chunk_frames: Frames in a piece; the first piece comes after one frame. A prompt is the first piece.
+
+        Raises:
+            UserError: as `generate`, at the call, before the first piece.
+        """
+        if chunk_frames < 1:
+            raise UserError(f"chunk_frames={chunk_frames} must be at least 1")
+        controls = _override(controls, temperature=temperature, top_k=top_k, top_p=top_p, cfg=cfg)
+        request = self._request(text, tags, audio, duration, seed, 1, controls)
+        prompt = None
+        if request.prompt is not None:
+            kept = request.prompt.codes[:, : self.model.config.output_codebooks]
+            prompt = kept if self.source == "codes" else request.prompt.latents
+        steps = generate_frames(self.model, request)
+        return stream_audio(self.tokenizer, self.source, prompt, steps, chunk_frames)
+
+    def _request(
+        self,
+        text: str | None,
+        tags: Sequence[str],
+        audio: str | Path | Tensor | None,
+        duration: float | None,
+        seed: int,
+        num_samples: int,
+        controls: Controls,
+    ) -> Request:
+        """Check what was asked for, and say it in frames."""
+        config = self.model.config
+        unpredicted = _unpredicted(config)
+        if unpredicted:
+            raise UserError(
+                f"this model reads {unpredicted}, which it does not predict: it can be evaluated, but not generate; "
+                "use a model that predicts all it reads"
+            )
+        if not 0 <= seed <= LARGEST_SEED - num_samples:
+            raise UserError(f"seed={seed} must be at least 0 and below 2**63 - num_samples")
+        rate = self.tokenizer.frame_rate_hz
+        longest = config.max_frames / rate
+        if duration is not None and not (math.isfinite(duration) and 0 < duration <= longest):
+            raise UserError(f"duration={duration} s must be above 0 and at most {longest:g} s, this model's longest")
+        if isinstance(tags, str):
+            tags = (tags,)
+        if text is not None:
+            limits = self._speech_limits(text, duration)
+            tags = tuple(tags) or tuple(tag for tag in VOICE_TAGS if tag in self.text.tags)
+        else:
+            exact = max(1, round((duration or min(DEFAULT_SECONDS, longest)) * rate))
+            limits = Limits(minimum=exact, maximum=exact)
+        return Request(
+            prefix=self.text.encode(text or "", list(tags)),
+            unconditional=self.text.encode("", []),
+            prompt=None if audio is None else self._encode(audio),
+            # What lies further back than the model's longest sequence is kept in the result, but not looked at.
+            context_frames=max(1, config.max_frames - limits.maximum),
+            limits=limits,
+            seeds=tuple(seed + row for row in range(num_samples)),
+            controls=controls,
+        )
+
+    def _speech_limits(self, text: str, duration: float | None) -> Limits:
+        """The fewest and the most frames that `text` can take."""
+        size = len(text.strip().encode())
+        if size == 0:
+            raise UserError("text is empty; say something, or leave it out and use a tag")
+        rate, longest = self.tokenizer.frame_rate_hz, self.model.config.max_frames
+        if size * SECONDS_PER_BYTE * rate > longest:
+            allowed = int(longest / rate / SECONDS_PER_BYTE)
+            raise UserError(
+                f"text has {size} bytes, but this model says at most about {allowed} ({longest / rate:g} s) at once; "
+                "split it into sentences"
+            )
+        maximum = min(longest, math.ceil((SLACK_SECONDS + SLOWEST_SECONDS_PER_BYTE * size) * rate))
+        if duration is not None:
+            maximum = max(1, round(duration * rate))
+        minimum = min(maximum, max(1, math.floor(FASTEST_SECONDS_PER_BYTE * size * rate)))
+        return Limits(minimum=minimum, maximum=maximum)
+
+    def _encode(self, audio: str | Path | Tensor) -> AudioFrames:
+        """The whole frames of a recording; a last, partial one would be padded with silence and break the joint."""
+        waveform = audio if isinstance(audio, Tensor) else read_audio(Path(audio), self.sample_rate_hz)
+        if waveform.numel() == 0:
+            raise UserError("audio is empty; give a recording of at least one sample")
+        hop = self.tokenizer.hop_length
+        if waveform.shape[-1] > hop:
+            waveform = waveform[..., : waveform.shape[-1] // hop * hop]
+        device = next(self.model.parameters()).device
+        return self.tokenizer.encode(waveform.reshape(1, 1, -1).float().to(device))
+
+    def _join(self, request: Request, drawn: Sequence[Drawn], made: Int[Tensor, " B"]) -> AudioFrames:
+        """The prompt's frames and the drawn ones; a stream that is not drawn in full follows from the other."""
+        prompt, rows = request.prompt, len(request.seeds)
+        before = 0 if prompt is None else prompt.latents.shape[1]
+        codes = torch.cat([frame.codes for frame in drawn], dim=2) if drawn[0].codes is not None else None
+        if drawn[0].latents is not None:
+            latents = torch.cat([frame.latents for frame in drawn if frame.latents is not None], dim=1)
+            if codes is None or codes.shape[1] < self.tokenizer.num_codebooks:
+                codes = self.tokenizer.quantize(latents)
+        else:
+            assert codes is not None
+            latents = self.tokenizer.dequantize(codes)
+        if prompt is not None:
+            kept = prompt.codes[:, : codes.shape[1]]
+            past = prompt.latents if self.source == "latents" else self.tokenizer.dequantize(kept)
+            codes = torch.cat([kept.expand(rows, -1, -1), codes], dim=2)
+            latents = torch.cat([past.expand(rows, -1, -1), latents], dim=1)
+        return AudioFrames(codes=codes, latents=latents, lengths=made + before)
+
+    @torch.inference_mode()
+    def _decode(self, frames: AudioFrames) -> tuple[Float[Tensor, "B 1 S"], Int[Tensor, " B"]]:
+        """Audio of every row on its own: what follows a row's end in the batch can't reach its last samples."""
+        lengths = frames.lengths * self.tokenizer.hop_length
+        waveform = torch.zeros(len(lengths), 1, int(lengths.max()))
+        for row, count in enumerate(frames.lengths.tolist()):
+            if self.source == "latents":
+                samples = self.tokenizer.decode_latents(frames.latents[row : row + 1, :count])
+            else:
+                samples = self.tokenizer.decode_codes(frames.codes[row : row + 1, :, :count])
+            waveform[row, :, : samples.shape[-1]] = samples[0].float().cpu()
+        return waveform, lengths
+
+
+def load(name_or_dir: str | Path = "box", device: str = "cpu") -> AudioModel:
+    """Load a model that generates.
+
+    Args:
+        name_or_dir: "box", the model inside the package; a model's folder; or a Hugging Face hub id.
+        device: "cpu", "cuda", ...
+
+    Raises:
+        UserError: when there is no such model or device, or the folder is damaged.
+    """
+    checkpoint = load_model(name_or_dir, device=device)
+    return AudioModel(checkpoint.model, checkpoint.tokenizer, checkpoint.text)
+
+
+def _override(controls: Controls | None, **values: float | int | None) -> Controls:
+    return replace(controls or Controls(), **{name: value for name, value in values.items() if value is not None})
+
+
+def _unpredicted(config: ModelConfig) -> str | None:
+    """The part of the history that generation cannot provide."""
+    if config.continuous == "features" or (config.continuous == "latents" and not config.predicts_latents):
+        return config.continuous
+    if config.input_codebooks > config.output_codebooks:
+        return f"codebooks {config.output_codebooks + 1} to {config.input_codebooks}"
+    return None

@@ -1,0 +1,55 @@
+"""Audio while it is made: drawn frames go through the tokenizer's streaming decoder in small pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sampling.generate import Drawn
+from tokenizer.frames import Source, Tokenizer
+
+
+@torch.inference_mode()
+def stream_audio(
+    tokenizer: Tokenizer,
+    source: Source,
+    prompt: Tensor | None,
+    drawn: Iterable[Drawn],
+    chunk_frames: int,
+) -> Iterator[Float[Tensor, "1 1 S"]]:
+    """Decode a prompt and the frames that follow it through one decoder, so that no joint is heard.
+
+    Args:
+        tokenizer: Decodes.
+        source: Which stream of the frames it decodes.
+        prompt: That stream of one row of frames, which becomes the first piece; None for none.
+        drawn: One row of frames.
+        chunk_frames: Frames in a piece; the first drawn frame is a piece of its own, for sound as soon as possible.
+
+    Yields:
+        Samples on the CPU; pieces are never empty.
+    """
+    decoder = tokenizer.streaming_decoder(1, source)
+    time = 2 if source == "codes" else 1
+    if prompt is not None:
+        yield from _samples(decoder.push(prompt))
+    waiting: list[Tensor] = []
+    wanted = 1
+    for frame in drawn:
+        new = frame.codes if source == "codes" else frame.latents
+        assert new is not None
+        waiting.append(new)
+        if len(waiting) == wanted:
+            yield from _samples(decoder.push(torch.cat(waiting, dim=time)))
+            waiting, wanted = [], chunk_frames
+    if waiting:
+        yield from _samples(decoder.push(torch.cat(waiting, dim=time)))
+    yield from _samples(decoder.flush())
+
+
+def _samples(waveform: Float[Tensor, "1 1 S"]) -> Iterator[Float[Tensor, "1 1 S"]]:
+    if waveform.shape[-1]:
+        yield waveform.float().cpu()
