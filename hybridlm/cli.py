@@ -17,7 +17,6 @@ _UsageError: type[Any] = typer.BadParameter.__mro__[2]
 
 app = typer.Typer(
     name="hybridlm",
-    help="Hybrid continuous-discrete language models for speech, music and sound.",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -47,18 +46,28 @@ Overrides = Annotated[
 ]
 
 
-@app.callback(invoke_without_command=True)
-def front(
-    context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
-) -> None:
-    if version:
+def _show_version(wanted: bool) -> bool:
+    if wanted:
         from hybridlm import __version__
 
         print(__version__)
         raise typer.Exit
-    if context.invoked_subcommand is None:
-        print(context.get_help())
+    return wanted
+
+
+def _check_text(text: str | None) -> str | None:
+    if text and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise typer.BadParameter("it is not UTF-8; set the terminal's encoding to UTF-8")
+    return text
+
+
+@app.callback()
+def front(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Hybrid continuous-discrete language models for speech, music and sound."""
 
 
 @app.command()
@@ -76,7 +85,7 @@ def demo(
 @app.command()
 def generate(
     model: ModelOption = "box",
-    text: Annotated[str | None, typer.Option(help="What to say.")] = None,
+    text: Annotated[str | None, typer.Option(help="What to say.", callback=_check_text)] = None,
     tag: Annotated[list[str] | None, typer.Option(help="What it should be; may be repeated.")] = None,
     audio: Annotated[Path | None, typer.Option(metavar="PROMPT", help="A recording to continue.")] = None,
     duration: Annotated[float | None, typer.Option(help="Seconds; for text, a limit.")] = None,
@@ -114,7 +123,7 @@ def generate(
 
 @app.command()
 def reconstruct(
-    source_file: Annotated[Path, typer.Argument(metavar="IN", help="A recording.")],
+    input: Annotated[Path, typer.Argument(metavar="IN", help="A recording.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="WAV or FLAC.")],
     tokenizer: TokenizerOption = "box",
     source: Annotated[Source, typer.Option("--from", help="What to decode.")] = Source.latents,
@@ -127,7 +136,7 @@ def reconstruct(
     from sampling.reconstruct import run
 
     run(
-        input=source_file,
+        input=input,
         output=output,
         tokenizer=tokenizer,
         source=source.value,
@@ -178,7 +187,7 @@ def finetune(
 def evaluate(
     data: DataOption,
     model: ModelOption = "box",
-    split: Annotated[str | None, typer.Option(help="Only clips of this split of the manifest.")] = None,
+    split: Annotated[str, typer.Option(help="Clips of this split, and those that name none.")] = "test",
     json_file: JsonOption = None,
 ) -> None:
     """Measure a model's likelihood of recordings: nats a frame, bits per second of audio, 95 % intervals."""
@@ -211,7 +220,7 @@ def info(
 def main() -> None:
     """Run the command line; bad input ends in one line on stderr and status 2, without a traceback."""
     try:
-        status = app(standalone_mode=False)
+        status = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
     except (UserError, _UsageError) as error:
         status = _refuse(getattr(error, "format_message", error.__str__)())
     except OSError as error:

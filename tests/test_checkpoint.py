@@ -12,8 +12,10 @@ import torch
 
 import hybridlm.checkpoint as checkpoint
 from hybridlm.checkpoint import describe, load_codec, load_model, resolve, resolve_device, save_model
-from tests.support.tiny_model import TAGS, save_tiny_model, tiny_lm, tiny_text, tiny_tokenizer
+from tests.support.saved_model import save_tiny_model
+from tests.support.tiny_audio_model import TAGS, tiny_model, tiny_text, tiny_tokenizer
 from tokenizer.errors import UserError
+from tokenizer.f3 import F3Tokenizer
 
 
 @pytest.fixture
@@ -41,7 +43,7 @@ def test_the_layout_is_the_documented_one(folder: Path) -> None:
 
 
 def test_weights_return_as_float32_rounded_to_bfloat16(folder: Path) -> None:
-    loaded, original = load_model(folder), tiny_lm(vocab_size=tiny_text().vocab_size)
+    loaded, original = load_model(folder), tiny_model().model
     expected = {name: tensor.bfloat16().float() for name, tensor in original.state_dict().items()}
     assert loaded.model.config == original.config
     assert not loaded.model.training
@@ -55,7 +57,7 @@ def test_weights_return_as_float32_rounded_to_bfloat16(folder: Path) -> None:
 def test_saving_again_gives_the_same_bytes_and_full_precision_is_kept_on_request(folder: Path, tmp_path: Path) -> None:
     again = save_tiny_model(tmp_path / "again")
     assert contents(folder) == contents(again)
-    model = tiny_lm(vocab_size=tiny_text().vocab_size)
+    model = tiny_model().model
     save_model(tmp_path / "exact", model, tiny_tokenizer(), tiny_text(), dtype=torch.float32)
     exact = load_model(tmp_path / "exact").model.state_dict()
     assert all(torch.equal(exact[name], tensor) for name, tensor in model.state_dict().items())
@@ -71,7 +73,7 @@ def test_text_and_tokenizer_come_back(folder: Path) -> None:
 
 def test_an_existing_folder_is_replaced(folder: Path) -> None:
     before = contents(folder)
-    save_tiny_model(folder, seed=1)
+    save_tiny_model(folder, stop_bias=1.0)
     after = contents(folder)
     assert before.keys() == after.keys()
     assert before["model.safetensors"] != after["model.safetensors"]
@@ -88,13 +90,13 @@ def test_a_full_disk_leaves_the_old_model_and_nothing_else(
     before = contents(folder)
     monkeypatch.setattr(checkpoint, name, full)
     with pytest.raises(UserError, match=r"can't write .* \(No space left on device\).*unchanged"):
-        save_tiny_model(folder, seed=1)
+        save_tiny_model(folder, stop_bias=1.0)
     assert contents(folder) == before
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
 
 def test_weights_of_another_save_are_told(folder: Path, tmp_path: Path) -> None:
-    other = save_tiny_model(tmp_path / "other", seed=1)
+    other = save_tiny_model(tmp_path / "other", stop_bias=1.0)
     (folder / "model.safetensors").write_bytes((other / "model.safetensors").read_bytes())
     with pytest.raises(UserError, match="two different models"):
         load_model(folder)
@@ -141,13 +143,13 @@ def test_a_bad_setting_in_the_config_is_told(folder: Path) -> None:
     edit(folder / "config.json", model={**config["model"], "num_heads": 5})
     with pytest.raises(UserError, match="num_heads=5 must divide hidden_dim=32"):
         load_model(folder)
-    edit(folder / "config.json", model={**config["model"], "num_layers": 3})
+    edit(folder / "config.json", model={**config["model"], "num_layers": 4})
     with pytest.raises(UserError, match=r"doesn't fit its config\.json"):
         load_model(folder)
 
 
 def test_another_tokenizer_is_told(folder: Path) -> None:
-    tiny_tokenizer(seed=1).save(folder / "tokenizer")
+    F3Tokenizer(tiny_tokenizer().config).save(folder / "tokenizer")
     with pytest.raises(UserError, match="copy the tokenizer that came with the model"):
         load_model(folder)
 
@@ -155,7 +157,7 @@ def test_another_tokenizer_is_told(folder: Path) -> None:
 def test_describe_reads_no_weights(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"")
     facts = describe(folder)
-    assert facts["num_parameters"] == sum(p.numel() for p in tiny_lm(vocab_size=tiny_text().vocab_size).parameters())
+    assert facts["num_parameters"] == sum(p.numel() for p in tiny_model().model.parameters())
     assert sorted(facts["tags"]) == sorted(TAGS)
     assert facts["type"] == "model (hybrid)"
     assert "Random weights" in facts["card"]

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from beartype import beartype
+from beartype import BeartypeConf, beartype
 from beartype.roar import BeartypeDecorHintPep3119Exception
+
+
+# As type checkers do: where a float is asked for, an int will do (PEP 484).
+_check = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -16,6 +20,6 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
     it is. Every other hint that beartype cannot read is an error.
     """
     try:
-        return beartype(function)
+        return _check(function)
     except BeartypeDecorHintPep3119Exception:
         return function
