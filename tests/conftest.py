@@ -8,4 +8,4 @@ from jaxtyping import install_import_hook
 import tests.support.typecheck  # the hook finds it as an attribute of `tests`
 
 install_import_hook(["tokenizer", "hybridlm", "sampling", "training"], f"{tests.support.typecheck.__name__}.checked")
-torch.set_num_threads(2)
+torch.set_num_threads(min(2, torch.get_num_threads()))
