@@ -71,6 +71,10 @@ class RunConfig:
     """Folder with `model.safetensors` (a model's or a checkpoint's folder) whose weights start the run."""
     log_every: int = 20
     validate_every: int = 1000
+    validate_first: bool = False
+    """Also before the first step, so that the best model is never worse than the one that the run began with."""
+    patience: int | None = None
+    """Validations in a row without improvement after which the run ends; None: never before `max_steps`."""
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
     max_bad_steps: int = 10
@@ -89,8 +93,9 @@ class RunConfig:
             raise ValueError(f"threads={self.threads} must be at least 1")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay} must lie in [0, 1)")
-        if self.max_bad_steps < 1:
-            raise ValueError(f"max_bad_steps={self.max_bad_steps} must be at least 1")
+        for name in ("max_bad_steps", "patience"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
 
 
 FREE_ON_RESUME = (
@@ -101,6 +106,8 @@ FREE_ON_RESUME = (
     "threads",
     "log_every",
     "validate_every",
+    "validate_first",
+    "patience",
     "checkpoint_every",
     "keep_checkpoints",
     "max_bad_steps",

@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from tokenizer.frames import AudioFrames, Tokenizer
 from tokenizer.text import TextTokenizer
 
+MAX_PIECES = 400
+"""Longest prefix; a clip with a longer text is taken without it."""
+
 
 class Prefix(NamedTuple):
     """Left-padded text and tags of a batch, each row ending in `<audio>`."""
@@ -58,17 +61,14 @@ def make_prefix(
     return Prefix(prefix, mask, text_mask)
 
 
-def clip_noise(key: str, num_frames: int, dim: int) -> Float[Tensor, "T D"]:
-    """Unit noise of a clip, from its key alone: the same in any batch, order or process."""
-    seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") >> 1
-    return torch.randn(num_frames, dim, generator=torch.Generator().manual_seed(seed))
+def clip_seed(key: str) -> int:
+    """Seed of a clip's noise, from its key alone: the same in any batch, order or process."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") >> 1
 
 
 @torch.no_grad()
-def noised_frames(
-    tokenizer: Tokenizer, frames: AudioFrames, sigma: float, noise: Float[Tensor, "B T D"] | None
-) -> AudioFrames:
-    """The frames that are scored: z + sigma * eps, and the codes of these very latents.
+def with_latents(tokenizer: Tokenizer, frames: AudioFrames, latents: Float[Tensor, "B T D"]) -> AudioFrames:
+    """The frames that are scored: noised latents, and the codes of these very latents.
 
     Codes of cleaner latents would tell a hybrid model what the scored latents do not hold, and its likelihood would
     bound nothing. Always in fp32: a nearest code found in less precision is another code.
@@ -76,14 +76,11 @@ def noised_frames(
     Args:
         tokenizer: What made the frames.
         frames: Clean frames.
-        sigma: Standard deviation of the noise, in the latents' own unit; 0 leaves frames as they are.
-        noise: Unit noise; may be None for sigma = 0.
+        latents: Noised ones; if they are the clean ones, the frames stay as they are.
     """
-    if sigma == 0:
+    if latents is frames.latents:
         return frames
-    assert noise is not None, "noise is needed for sigma > 0"
-    with torch.autocast(frames.latents.device.type, enabled=False):
-        latents = frames.latents + sigma * noise
+    with torch.autocast(latents.device.type, enabled=False):
         codes = tokenizer.quantize(latents)
     return AudioFrames(codes=codes, latents=latents, lengths=frames.lengths, features=frames.features)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hybridlm.checkpoint import Checkpoint, resolve, save_model
 from hybridlm.config import ModelConfig
+from hybridlm.likelihood import noise_latents
 from hybridlm.model import HybridLM, drop_conditions
 from tokenizer.errors import UserError
 from tokenizer.frames import AudioFrames, Tokenizer
@@ -23,7 +24,7 @@ from tokenizer.loading import PRETRAINED, load_tokenizer
 from tokenizer.settings import from_mapping
 from tokenizer.text import TextTokenizer
 from training.corpus import TokenCache, Window
-from training.examples import clip_noise, codebook_vectors, device_of, make_prefix, noised_frames
+from training.examples import MAX_PIECES, clip_seed, codebook_vectors, device_of, make_prefix, with_latents
 from training.language_loss import LanguageLossConfig, combine, sums
 from training.manifest import TagRule
 from training.state import checkpoints
@@ -72,7 +73,7 @@ class TextConfig:
     vocab_size: int = 512
     tags: tuple[str, ...] = ()
     """Tags besides those of the clips."""
-    max_pieces: int = 400
+    max_pieces: int = MAX_PIECES
     """A clip whose prefix would be longer is taken without its text."""
 
 
@@ -187,7 +188,9 @@ class LanguageTask:
         """The weighted sum of the parts, each a mean a code, dimension, decision or row."""
         losses, config = self.config.losses, self.model.config
         device = batch["latents"].device
-        noise = torch.randn(batch["latents"].shape, generator=generator, device=device)
+        latents = batch["latents"]
+        if config.sigma > 0:
+            latents = latents + config.sigma * torch.randn(latents.shape, generator=generator, device=device)
         mask = batch["prefix_mask"]
         hidden = torch.rand(mask.shape[0], 1, generator=generator, device=device) < losses.text_dropout
         mask = mask & ~(hidden & batch["text_mask"])
@@ -196,7 +199,7 @@ class LanguageTask:
         nll = self.model(
             batch["prefix"],
             mask,
-            self._noised(batch, noise),
+            self._frames(batch, latents),
             ended=batch["ended"],
             generator=generator,
             head_fraction=losses.head_fraction,
@@ -212,16 +215,13 @@ class LanguageTask:
         frames = 0
         for windows in self._validation_windows(cache):
             batch = self.batch(cache, windows)
-            shape = batch["latents"].shape
-            noise = torch.zeros(shape)
-            for row, window in enumerate(windows):
-                key = f"{cache.index.clip(window.clip).key}@{window.start}"
-                noise[row, : window.frames] = clip_noise(key, window.frames, shape[2])
             batch = {name: value.to(self._device()) for name, value in batch.items()}
+            seeds = [clip_seed(cache.index.clip(window.clip).key) for window in windows]
+            latents = noise_latents(batch["latents"], self.model.config.sigma, seeds)
             nll = self.model(
                 batch["prefix"],
                 batch["prefix_mask"],
-                self._noised(batch, noise.to(self._device())),
+                self._frames(batch, latents),
                 ended=batch["ended"],
             )
             frames += int(nll.mask.sum())
@@ -244,16 +244,16 @@ class LanguageTask:
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def _noised(self, batch: Batch, noise: Tensor) -> AudioFrames:
-        if isinstance(self.tokenizer, nn.Module) and device_of(self.tokenizer) != noise.device:
-            self.tokenizer.to(noise.device)
+    def _frames(self, batch: Batch, latents: Tensor) -> AudioFrames:
+        if isinstance(self.tokenizer, nn.Module) and device_of(self.tokenizer) != latents.device:
+            self.tokenizer.to(latents.device)
         frames = AudioFrames(
             codes=batch["codes"],
             latents=batch["latents"],
             lengths=batch["lengths"],
             features=batch.get("features"),
         )
-        return noised_frames(self.tokenizer, frames, self.model.config.sigma, noise)
+        return with_latents(self.tokenizer, frames, latents)
 
     def _validation_windows(self, cache: TokenCache) -> Iterator[list[Window]]:
         """The beginnings of clips in an order that mixes sources, as far as `validation_frames` go, by length."""

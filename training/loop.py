@@ -33,8 +33,10 @@ class RunResult:
     step: int
     finished: bool
     """False when it was interrupted; it then resumes from `step`."""
-    figures: Mapping[str, float]
-    """Of the last validation; empty if there was none."""
+    first: Mapping[str, float]
+    """Figures of the first validation; empty if there was none yet."""
+    best: Mapping[str, float]
+    """Figures of the best validation."""
 
 
 def fit(task: Task, config: RunConfig, resolved: Mapping[str, Any], *, resume: bool = False) -> RunResult:
@@ -49,6 +51,7 @@ def fit(task: Task, config: RunConfig, resolved: Mapping[str, Any], *, resume: b
     Raises:
         UserError: an output that is taken or can't be written, a checkpoint that does not fit, a run that diverged.
     """
+    torch.set_flush_denormal(True)  # AdamW's averages of tiny gradients would slow a CPU down by an order of magnitude
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if config.device == "cuda" and not torch.cuda.is_available():
@@ -89,7 +92,6 @@ class _Run:
         self._broadcast(parameters=True)
         self.generator = torch.Generator(self.device)
         self.bad_in_a_row = 0
-        self.figures: dict[str, float] = {}
         self.journal = Journal(
             self.output,
             step=self.progress.step,
@@ -119,7 +121,9 @@ class _Run:
         meter = Meter()
         with Prefetch(batches) as stream, Interrupts() as interrupts:
             self._set_training(True)
-            while progress.step < config.max_steps:
+            if config.validate_first and progress.step == 0:
+                self.validate()
+            while progress.step < config.max_steps and not self._exhausted():
                 started = time.perf_counter()
                 micro_batches = [next(stream) for _ in range(config.accumulate)]
                 losses, frames = self.step(micro_batches)
@@ -132,6 +136,7 @@ class _Run:
                     meter = Meter(meter.seconds_per_step)
                 if progress.step % config.validate_every == 0 or last:
                     self.validate()
+                    last = last or self._exhausted()
                 stop = self._agreed(interrupts.caught)
                 if progress.step % config.checkpoint_every == 0 or last or stop:
                     self.save()
@@ -140,8 +145,18 @@ class _Run:
                     return self.result(finished=False)
         return self.result(finished=True)
 
+    def _exhausted(self) -> bool:
+        """Whether validations have ceased to improve."""
+        return self.config.patience is not None and self.progress.stale >= self.config.patience
+
     def result(self, *, finished: bool) -> RunResult:
-        return RunResult(output=self.output, step=self.progress.step, finished=finished, figures=self.figures)
+        return RunResult(
+            output=self.output,
+            step=self.progress.step,
+            finished=finished,
+            first=self.progress.first_figures or {},
+            best=self.progress.best_figures or {},
+        )
 
     def step(self, micro_batches: list[Batch]) -> tuple[dict[str, Tensor], int]:
         """One update of every module whose turn it is; returns the losses by name and the frames taken in."""
@@ -224,20 +239,21 @@ class _Run:
 
     def validate(self) -> None:
         """Figures and samples of the averaged weights; the best ones are exported to `best/`."""
-        improved = False
+        progress, improved = self.progress, False
         if self.accelerator.is_main_process:
             with self._evaluation():
-                self.figures = dict(self.task.validate())
-                loss = self.figures["loss"]
-                improved = self.progress.best_loss is None or loss < self.progress.best_loss
+                figures = {name: float(value) for name, value in self.task.validate().items()}
+                improved = progress.best_figures is None or figures["loss"] < progress.best_figures["loss"]
                 if improved:
-                    self.progress.best_loss, self.progress.best_step = loss, self.progress.step
+                    progress.best_figures, progress.best_step = figures, progress.step
                     with new_folder(self.output / "best") as folder:
                         self.task.export(folder)
-                self.journal.record("validate", self.progress.step, self.figures)
-                self.journal.samples(self.progress.step, self.task.samples())
-            text = "  ".join(f"{name} {value:.4g}" for name, value in self.figures.items())
-            self.journal.say(f"validation at step {self.progress.step}{' (best)' if improved else ''}: {text}")
+                self.journal.record("validate", progress.step, figures)
+                self.journal.samples(progress.step, self.task.samples())
+            text = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+            self.journal.say(f"validation at step {progress.step}{' (best)' if improved else ''}: {text}")
+            progress.first_figures = progress.first_figures or figures
+        progress.stale = 0 if self._agreed(improved) else progress.stale + 1
         self.accelerator.wait_for_everyone()
 
     def save(self) -> None:
@@ -290,7 +306,7 @@ class _Run:
         return found
 
     def _agreed(self, caught: bool) -> bool:
-        """Whether any process was asked to stop: all must leave at the same step."""
+        """Whether it holds on any process: all must take the same way."""
         if self.accelerator.num_processes == 1:
             return caught
         return bool(self.accelerator.reduce(torch.tensor(float(caught), device=self.device), "sum") > 0)

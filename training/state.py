@@ -38,8 +38,13 @@ class Progress:
     """Batches taken from the data of each rank."""
     bad_steps: int = 0
     """Steps skipped in all because something was not finite."""
-    best_loss: float | None = None
     best_step: int | None = None
+    first_figures: dict[str, float] | None = None
+    """Of the first validation."""
+    best_figures: dict[str, float] | None = None
+    """Of the best validation, whose model is in `best/`."""
+    stale: int = 0
+    """Validations since the best."""
     seconds: float = 0.0
     """Time spent in steps, over all sessions of the run."""
 
