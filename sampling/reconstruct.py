@@ -123,7 +123,7 @@ class Judge:
         """More of the original."""
         self._expected = torch.cat([self._expected, piece.cpu()], dim=-1)
 
-    def compare(self, piece: Float[Tensor, "1 1 S"]) -> Float[Tensor, "1 1 S"]:
+    def compare(self, piece: Float[Tensor, "1 1 S"]) -> Float[Tensor, "1 1 kept"]:
         """More of the reconstruction; returns it without what lies past the original's end."""
         piece = piece.cpu()[..., : self._expected.shape[-1] - self._found.shape[-1]]
         self._found = torch.cat([self._found, piece], dim=-1)
