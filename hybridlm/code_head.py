@@ -59,7 +59,11 @@ class CodeHead(nn.Module):
         self.num_codebooks = config.output_codebooks
         self.codebook_size = config.codebook_size
         self.state = nn.Linear(config.hidden_dim, config.depth_dim, bias=False)
-        self.codes = nn.Linear(config.code_embedding_dim, config.depth_dim, bias=False)
+        nn.init.normal_(self.state.weight, std=1.0 / math.sqrt(config.hidden_dim))
+        self.codes = None
+        if self.num_codebooks > 1:
+            self.codes = nn.Linear(config.code_embedding_dim, config.depth_dim, bias=False)
+            nn.init.normal_(self.codes.weight, std=1.0 / math.sqrt(config.code_embedding_dim))
         self.position = nn.Parameter(torch.randn(self.num_codebooks, config.depth_dim) * 0.1)
         self.layers = nn.Sequential(
             *(
@@ -69,15 +73,15 @@ class CodeHead(nn.Module):
         )
         self.norm = nn.LayerNorm(config.depth_dim, eps=config.norm_epsilon, bias=False)
         self.output = nn.Parameter(torch.empty(self.num_codebooks, config.codebook_size, config.depth_dim))
-        for linear in (self.state, self.codes):
-            nn.init.normal_(linear.weight, std=1.0 / math.sqrt(linear.in_features))
         # Small outputs: the first prediction is nearly uniform.
         nn.init.normal_(self.output, std=INIT_STD)
 
     def logits(self, h: Float[Tensor, "N C"], codes: Int[Tensor, "N K"]) -> Float[Tensor, "K N V"]:
         """Logits of all codebooks, each given the codes before it; the codebook comes first."""
-        before = F.pad(self.embedding(codes[:, :-1]).cumsum(dim=1), (0, 0, 1, 0))  # (N, K, E), zero for k = 0
-        x = self.codes(before.transpose(0, 1)) + self.position[:, None] + self.state(h)  # (K, N, depth)
+        x = self.position[:, None] + self.state(h)  # (K, N, depth)
+        if self.codes is not None:
+            before = F.pad(self.embedding(codes[:, :-1]).cumsum(dim=1), (0, 0, 1, 0))  # (N, K, E), zero for k = 0
+            x = x + self.codes(before.transpose(0, 1))
         # (K, N, depth) @ (K, depth, V): one batched product, each codebook with its own matrix
         return torch.bmm(self.norm(self.layers(x)), self.output.transpose(1, 2))
 
@@ -114,7 +118,7 @@ class CodeHead(nn.Module):
         rows = h.shape[0]
         uniforms = row_uniforms(generators, self.num_codebooks, h.device)
         guided = unconditional is not None and cfg != 1.0
-        x = self.state(torch.cat([h, unconditional]) if guided else h)
+        x = self.state(torch.cat([h, unconditional]) if guided and unconditional is not None else h)
         drawn: list[Tensor] = []
         for k in range(self.num_codebooks):
             y = self.norm(self.layers(x + self.position[k]))
@@ -124,7 +128,7 @@ class CodeHead(nn.Module):
                 logits = free + cfg * (conditional - free)
             code = draw(logits if filter_logits is None else filter_logits(logits), uniforms[:, k])
             drawn.append(code)
-            if k + 1 < self.num_codebooks:
+            if self.codes is not None and k + 1 < self.num_codebooks:
                 said = self.codes(self.embedding.one(k, code))
                 x = x + (torch.cat([said, said]) if guided else said)
         return torch.stack(drawn, dim=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 Representation = Literal["discrete", "continuous", "hybrid"]
 ContinuousInput = Literal["latents", "features", "none"]
@@ -100,13 +100,6 @@ class ModelConfig:
         for name in ("dropout", "history_noise", "condition_dropout"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1]")
-        for name, options in (
-            ("representation", get_args(Representation)),
-            ("continuous_input", (None, *get_args(ContinuousInput))),
-            ("fusion", get_args(Fusion)),
-        ):
-            if getattr(self, name) not in options:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(map(str, options))}")
         self._check_heads()
         self._check_streams()
 

@@ -248,7 +248,7 @@ class Decoder(nn.Module):
         for layer in self.layers:
             # Each layer adds two branches to the residual stream; this keeps the stream's variance (GPT-2).
             for linear in (layer.attention.out, layer.mlp.down):
-                nn.init.normal_(linear.weight, std=INIT_STD / math.sqrt(2 * config.num_layers))
+                nn.init.normal_(linear.weight, std=INIT_STD / math.sqrt(2 * config.num_layers))  # type: ignore[arg-type]
 
     def forward(
         self,
@@ -292,6 +292,7 @@ class Decoder(nn.Module):
         total = past + length
         causal = torch.ones(length, total, dtype=torch.bool, device=x.device).tril(past) if length > 1 else None
         if key_mask is None:
+            assert causal is not None, "one new position without a mask sees everything"
             return causal[None, None]
         keys = key_mask[:, None, None, :total]
         if causal is None:

@@ -17,15 +17,16 @@ from hybridlm.decoder import INIT_STD
 
 
 class CodeEmbedding(nn.Module):
-    """One table for all codebooks; a frame's codes are residuals of each other, so their embeddings are summed."""
+    """One table for the codebooks in use; codes of a frame are residuals of each other, so their embeddings add up."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.codebook_size = config.codebook_size
-        self.num_codebooks = config.num_codebooks
-        self.table = nn.Embedding(config.num_codebooks * config.codebook_size, config.code_embedding_dim)
-        nn.init.normal_(self.table.weight, std=1.0 / math.sqrt(config.num_codebooks))
-        offsets = torch.arange(config.num_codebooks) * config.codebook_size
+        self.num_codebooks = max(config.input_codebooks, config.output_codebooks)
+        self.table = nn.Embedding(self.num_codebooks * config.codebook_size, config.code_embedding_dim)
+        nn.init.normal_(self.table.weight, std=1.0 / math.sqrt(self.num_codebooks))
+        offsets = torch.arange(self.num_codebooks) * config.codebook_size
+        self.offsets: Tensor
         self.register_buffer("offsets", offsets, persistent=False)
 
     def forward(self, codes: Int[Tensor, "*N k"]) -> Float[Tensor, "*N k E"]:

@@ -83,7 +83,8 @@ class LatentHead(nn.Module):
         )
         self.norm = nn.LayerNorm(dim, eps=config.norm_epsilon, bias=False)
         self.output = nn.Linear(dim, self.num_mixtures * (1 + 2 * self.latent_dim))
-        self.codes = self.read_out = None
+        self.codes: nn.Linear | None = None
+        self.read_out: nn.Linear | None = None
         if embedding is not None:
             self.codes = nn.Linear(config.code_embedding_dim, dim, bias=False)
             self.read_out = nn.Linear(config.code_embedding_dim, self.latent_dim)
@@ -111,7 +112,7 @@ class LatentHead(nn.Module):
         """The density of the latent of each position; `codes` are the output codebooks' (None: continuous model)."""
         x = self.state(h)
         center = None
-        if self.embedding is not None:
+        if self.embedding is not None and self.codes is not None and self.read_out is not None:
             total = self.embedding(codes).sum(dim=1)  # (N, E)
             x = x + self.codes(total)
             center = self.read_out(total).float()[:, None]

@@ -191,7 +191,7 @@ class HybridLM(nn.Module):
             mask=scored,
             stop_mask=stop_mask,
             alignment=None
-            if text_mask is None
+            if text_mask is None or output.alignment is None
             else alignment_loss(output.alignment, text_mask, frames.lengths, aligned),
         )
 
@@ -256,6 +256,7 @@ class HybridLM(nn.Module):
         h = self.decoder(x, cache.positions, cache=cache.attention).states[:, -1]
         cache.positions = cache.positions + 1
         if self.short_context is not None:
+            assert cache.recent is not None and clean is not None, "a short context is a context of latents"
             cache.recent = torch.cat([cache.recent[:, 1:], clean], dim=1)
             h = h + self.short_context.step(cache.recent)
         return h, cache
@@ -309,7 +310,8 @@ class HybridLM(nn.Module):
                 f"codebooks of shape {tuple(codebooks.shape)} must be (num_codebooks, codebook_size, latent_dim)="
                 f"{expected} with latent_dim <= code_embedding_dim={config.code_embedding_dim}"
             )
-        vectors = codebooks.to(self.code_embedding.table.weight) / self.statistics.latent_std
+        vectors = codebooks[: self.code_embedding.num_codebooks].to(self.code_embedding.table.weight)
+        vectors = vectors / self.statistics.latent_std
         scale = 1.0 / vectors.var(dim=1).sum(dim=0).mean().sqrt().clamp(min=1e-6)
         dim = config.latent_dim
         self.code_embedding.table.weight[:, :dim] = (vectors * scale).flatten(0, 1)
@@ -359,12 +361,15 @@ class HybridLM(nn.Module):
         config = self.config
         code_sum = continuous = clean = None
         if self.code_embedding is not None:
+            assert codes is not None
             code_sum = self.code_embedding(codes[:, : config.input_codebooks].transpose(1, 2)).sum(dim=2)
         if config.continuous == "latents":
+            assert latents is not None
             clean = continuous = self.statistics.latents(latents)
             if self.training and config.history_noise > 0:
                 continuous = history_noise(clean, config.history_noise, generator)
         elif config.continuous == "features":
+            assert features is not None
             continuous = self.statistics.features(features)
         return self.fusion(code_sum, continuous), clean
 
