@@ -29,7 +29,7 @@ from tokenizer.errors import UserError
 from tokenizer.files import replacing
 from tokenizer.frames import AudioFrames
 from training.corpus import CachedClip, TokenCache, prepare
-from training.examples import MAX_PIECES, clip_seed, make_prefix, with_latents
+from training.examples import GOES_ON, MAX_PIECES, clip_seed, make_prefix, with_latents
 from training.manifest import TagRule
 
 WINDOW_SECONDS = 30.0
@@ -220,7 +220,7 @@ def _windows(number: int, clip: CachedClip, window_frames: int) -> Iterator[_Win
     while start < length:
         context = max(0, start - window_frames // 2)
         stop = min(length, context + window_frames)
-        yield _Window(number, context, start, stop, stop == length)
+        yield _Window(number, context, start, stop, stop == length and GOES_ON not in clip.labels)
         start = stop
 
 

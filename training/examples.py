@@ -20,6 +20,10 @@ MAX_PIECES = 400
 """Longest prefix; a clip with a longer text is taken without it."""
 
 
+GOES_ON = "goes_on"
+"""Label of a clip whose recording goes on after the clip's end: there the model must not learn to stop."""
+
+
 class Prefix(NamedTuple):
     """Left-padded text and tags of a batch, each row ending in `<audio>`."""
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,22 @@ from rich.console import Console
 
 from hybridlm.checkpoint import Checkpoint, load_model, resolve, save_model
 from hybridlm.likelihood import bits_per_second
+from tokenizer.audio import audio_info
 from tokenizer.errors import UserError
 from tokenizer.settings import from_mapping
 from training.config import apply_overrides
 from training.config import resolve as resolve_config
 from training.corpus import TokenCache, prepare
+from training.examples import GOES_ON
 from training.language_task import LanguageTask, LanguageTaskConfig
 from training.loop import RunResult, fit
 from training.manifest import Clip, Manifest, read_manifest
 from training.state import checkpoints
 
 SPEECH_TAG = "speech"
+HELD_OUT = 0.1
+PIECE_SECONDS = 20.0
+"""About what recordings without text are cut into."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,10 +92,10 @@ def run(
     run_config, task_config, resolved = resolve_config(mapping, LanguageTaskConfig, where="finetune")
     torch.manual_seed(run_config.seed)
     task = LanguageTask(task_config, output=Path(run_config.output), start=start)
-    _say(
-        console,
-        f"{len(task.train_data)} clips, {task.train_data.duration_s / 60:.1f} min; {run_config.max_steps} steps",
-    )
+    if task.validation_data is None:
+        _say(console, "too few recordings to hold any out: the figures are of the training clips themselves")
+    minutes = task.train_data.duration_s / 60
+    _say(console, f"{len(task.train_data)} clips, {minutes:.1f} min; at most {run_config.max_steps} steps")
     result = fit(task, run_config, resolved, resume=bool(checkpoints(Path(run_config.output))))
     if result.finished:
         _save(result, output, str(model), task)
@@ -110,12 +116,34 @@ def _tokens(data: Path, output: Path, start: Checkpoint, config: FinetuneConfig,
         return data
     manifest = read_manifest(data)
     dropped: set[str] = set()
-    clips = [_tagged(clip, config, start, dropped) for clip in manifest.clips]
+    clips = [_tagged(part, config, start, dropped) for clip in manifest.clips for part in _pieces(clip)]
     if dropped:
         _say(console, f"tags that the model does not know are left out: {', '.join(sorted(dropped))}")
     manifest = Manifest(source=manifest.source, clips=clips, problems=manifest.problems)
     prepare(manifest, output / "tokens", start.tokenizer, workers=1)
     return output / "tokens"
+
+
+def _pieces(clip: Clip) -> Iterator[Clip]:
+    """Cut a long recording without text, so that a part of it can be held out; pieces know that they go on."""
+    if clip.text:
+        yield clip
+        return
+    start = clip.start or 0.0
+    try:
+        end = clip.end if clip.end is not None else audio_info(clip.path).duration_s
+    except UserError:  # `prepare` counts and reports what can't be read
+        end = start
+    count = max(round((end - start) / PIECE_SECONDS), 1)
+    borders = [start + (end - start) * number / count for number in range(count + 1)]
+    if count == 1:
+        yield clip
+        return
+    for number, (first, last) in enumerate(itertools.pairwise(borders)):
+        labels = clip.labels if number == count - 1 else {**clip.labels, GOES_ON: "yes"}
+        yield dataclasses.replace(
+            clip, start=first, end=last, key=f"{clip.key}#{first:g}-{last:g}", duration=last - first, labels=labels
+        )
 
 
 def _tagged(clip: Clip, config: FinetuneConfig, start: Checkpoint, dropped: set[str]) -> Clip:
@@ -133,6 +161,7 @@ def _defaults(model: str, cache: Path, output: Path, config: FinetuneConfig, sta
     """Settings fit for minutes to hours of recordings: a step sees at most a quarter of them."""
     rows = TokenCache(cache, tokenizer=start.tokenizer, split="train").index.rows
     frames = int(rows.sum())
+    held_out = TokenCache(cache, tokenizer=start.tokenizer, split="validation", validation_fraction=HELD_OUT)
     batch_frames = min(2000, max(frames // 4, int(rows.max())))
     steps = min(max(round(config.passes * frames / batch_frames), 20), 5000)
     every = max(steps // 10, 1)
@@ -152,7 +181,7 @@ def _defaults(model: str, cache: Path, output: Path, config: FinetuneConfig, sta
             "tokenizer": model,
             "data": {
                 "caches": [str(cache)],
-                "validation_fraction": 0.1,
+                "validation_fraction": HELD_OUT if len(held_out) < len(rows) else 0.0,
                 "batch_frames": batch_frames,
                 "rules": [{"tags": list(config.tags)}] if config.tags is not None else [],
             },

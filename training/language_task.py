@@ -24,7 +24,7 @@ from tokenizer.loading import PRETRAINED, load_tokenizer
 from tokenizer.settings import from_mapping
 from tokenizer.text import TextTokenizer
 from training.corpus import TokenCache, Window
-from training.examples import MAX_PIECES, clip_seed, codebook_vectors, device_of, make_prefix, with_latents
+from training.examples import GOES_ON, MAX_PIECES, clip_seed, codebook_vectors, device_of, make_prefix, with_latents
 from training.language_loss import LanguageLossConfig, combine, sums
 from training.manifest import TagRule
 from training.state import checkpoints
@@ -161,7 +161,8 @@ class LanguageTask:
         texts = [clip.text if window.start == 0 else None for clip, window in zip(clips, windows, strict=True)]
         rows = [(text, clip.tags) for text, clip in zip(texts, clips, strict=True)]
         prefix = make_prefix(self.text, rows, self.config.text.max_pieces)
-        ended = torch.tensor([window.start + window.frames == cache.num_frames(window.clip) for window in windows])
+        reaches_end = [w.start + w.frames == cache.num_frames(w.clip) for w in windows]
+        ended = torch.tensor([r and GOES_ON not in c.labels for r, c in zip(reaches_end, clips, strict=True)])
         complete = ended & torch.tensor([window.start == 0 for window in windows])
         frames = cache.frames(clips)
         batch: Batch = {
