@@ -1,0 +1,278 @@
+"""Training of the F3 autoencoder: mel, adversarial and feature-matching losses around the noise-regularized bottleneck.
+
+Shapes: B batch, T frames, K codebooks, D latent, S samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tokenizer.adversary import (
+    MultiResolutionDiscriminator,
+    adversarial_loss,
+    discriminator_loss,
+    feature_matching_loss,
+)
+from tokenizer.bottleneck import add_noise, coding_rate
+from tokenizer.f3 import F3Config, F3Tokenizer
+from tokenizer.mel import MultiResolutionMelLoss
+from tokenizer.errors import UserError
+from training.manifest import TagRule, apply_rules, read_manifest
+from training.segments import AudioFiles, PcmCache, SegmentSource
+from training.task import Batch, Sample
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenizerLossConfig:
+    """Weights and schedules of the autoencoder's losses."""
+
+    noise_gamma: float = 0.35
+    """Largest standard deviation of the noise on the latents that the decoder learns to bear (gamma of F3)."""
+    quantized_share: float = 0.25
+    """Share of a batch whose decoder sees quantized latents instead of noisy ones."""
+    full_depth_share: float = 0.5
+    """Share of the quantized rows that use all codebooks; the rest use a uniformly drawn number (quantizer dropout)."""
+    mel_weight: float = 1.0
+    rate_weight: float = 0.05
+    """Of the latents' coding rate, which is maximized; it falls linearly to 0 at `rate_until_step`."""
+    rate_noise: float = 0.2
+    """Standard deviation of the noise in the coding rate."""
+    rate_until_step: int = 2000
+    adversarial_weight: float = 0.05
+    feature_matching_weight: float = 0.2
+    adversarial_from_step: int = 0
+    """Before this step the discriminator rests, and the mel loss works alone."""
+    adversarial_ramp_steps: int = 200
+    """Steps over which its losses then come in."""
+    codebook_decay: float = 0.99
+    revive_below: float = 0.03
+    """Codes chosen less often than this a batch (moving average) restart at a vector of the batch."""
+    discriminator_n_ffts: tuple[int, ...] = (256, 512, 1024)
+    discriminator_channels: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("quantized_share", "full_depth_share", "codebook_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be between 0 and 1")
+        for name in ("noise_gamma", "mel_weight", "rate_weight", "adversarial_weight", "feature_matching_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenizerDataConfig:
+    """What is read, and in which portions."""
+
+    caches: tuple[str, ...] = ()
+    """Folders of decoded audio made by `hybridlm prepare SOURCE --output DIR --audio`."""
+    sources: tuple[str, ...] = ()
+    """Folders or manifests whose files are decoded anew for every segment: no disk, more time. Instead of `caches`."""
+    rules: tuple[TagRule, ...] = ()
+    """Weights by label; none: all audio alike."""
+    validation_fraction: float = 0.02
+    """Share of the training split held back for validation."""
+    batch_size: int = 16
+    segment_frames: int = 25
+    """Length of a segment in frames of the tokenizer."""
+    validation_segments: int = 32
+
+    def __post_init__(self) -> None:
+        if bool(self.caches) == bool(self.sources):
+            raise ValueError("give either caches or sources, with at least one folder")
+        for name in ("batch_size", "segment_frames", "validation_segments"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenizerTaskConfig:
+    """Settings of `task: tokenizer`, under `tokenizer_task:`."""
+
+    data: TokenizerDataConfig
+    part: Literal["all", "decoder"] = "all"
+    """`decoder`: encoder and codebooks stay as they are (see `init_from`), so that latents and codes of the finished
+    tokenizer equal those of the one it started from, and what was trained on them stays valid."""
+    tokenizer: F3Config = field(default_factory=F3Config)
+    losses: TokenizerLossConfig = field(default_factory=TokenizerLossConfig)
+
+
+class TokenizerTask:
+    """See `training.task.Task`.
+
+    Raises:
+        UserError: caches or sources that cannot be read, or of another sample rate.
+    """
+
+    def __init__(self, config: TokenizerTaskConfig) -> None:
+        self.config = config
+        self.tokenizer = F3Tokenizer(config.tokenizer)
+        self.tokenizer.encoder.requires_grad_(config.part == "all")
+        losses = config.losses
+        self.discriminator = MultiResolutionDiscriminator(losses.discriminator_n_ffts, losses.discriminator_channels)
+        self.mel = MultiResolutionMelLoss(config.tokenizer.sample_rate_hz)
+        self.train_data = self._source("train")
+        self.validation = self._validation_segments()
+
+    def modules(self) -> Mapping[str, nn.Module]:
+        """The autoencoder and, where it takes part at all, its adversary."""
+        modules: dict[str, nn.Module] = {"model": self.tokenizer}
+        if self._adversarial_weight > 0:
+            modules["discriminator"] = self.discriminator
+        return modules
+
+    def turns(self, step: int) -> Sequence[str]:
+        """The autoencoder alone at first; from `adversarial_from_step` on also its adversary."""
+        return ("model", "discriminator") if self._adversarial(step) else ("model",)
+
+    def loss(
+        self, turn: str, batch: Batch, *, step: int, generator: torch.Generator
+    ) -> tuple[Tensor, Mapping[str, Tensor | float]]:
+        """The autoencoder's weighted sum, or the discriminator's hinge loss on what the autoencoder just made."""
+        waveform = batch["waveform"]
+        judged = slice(0, None, 2)  # half of the rows, of noisy and quantized ones alike: judging is the dearest part
+        if turn == "discriminator":
+            loss = discriminator_loss(self.discriminator(waveform[judged]), self.discriminator(batch["fake"]))
+            return loss, {}
+        losses = self.config.losses
+        latents, _ = self.tokenizer.encoder(waveform[:, 0])
+        figures: dict[str, Tensor | float] = {}
+        if self.config.part == "all":
+            use = self.tokenizer.quantizer.update(
+                latents.detach(), decay=losses.codebook_decay, revive_below=losses.revive_below, generator=generator
+            )
+            figures["codes_in_use"] = sum(use) / len(use)
+        decodable, quantization_error = bottleneck(self.tokenizer, latents, losses, generator)
+        fake = self.tokenizer.decoder(decodable)[0].unsqueeze(1)
+        self.mel.to(fake.device)
+        mel = self.mel(fake, waveform)
+        loss = losses.mel_weight * mel
+        if self.config.part == "all" and step < losses.rate_until_step:
+            rate = coding_rate(latents, losses.rate_noise)
+            loss = loss - losses.rate_weight * (1 - step / losses.rate_until_step) * rate
+            figures["coding_rate"] = rate.detach()
+        figures |= {"mel": mel.detach(), "quantization_error": quantization_error}
+        if self._adversarial(step):
+            batch["fake"] = fake[judged].detach()
+            with torch.no_grad():
+                real = self.discriminator(waveform[judged])
+            judgement = self.discriminator(fake[judged])
+            fooled, matching = adversarial_loss(judgement), feature_matching_loss(real, judgement)
+            ramp = min(1.0, (step - losses.adversarial_from_step + 1) / losses.adversarial_ramp_steps)
+            loss = loss + ramp * (losses.adversarial_weight * fooled + losses.feature_matching_weight * matching)
+            figures |= {"adversarial": fooled.detach(), "feature_matching": matching.detach()}
+        return loss, figures
+
+    def batches(self, *, seed: int, rank: int, world_size: int, skip: int) -> Iterator[Batch]:
+        """Random segments at random loudness."""
+        data = self.config.data
+        segments = self.train_data.segments(
+            data.batch_size, self._segment_samples, seed=seed, rank=rank, world_size=world_size, skip=skip
+        )
+        for number, waveform in enumerate(segments, start=skip):
+            generator = torch.Generator().manual_seed(hash((seed, rank, number)) & 0x7FFFFFFF)
+            decibels = -8.0 + 11.0 * torch.rand(data.batch_size, 1, 1, generator=generator)
+            yield {"waveform": (waveform * 10 ** (decibels / 20)).clamp(-1.0, 1.0)}
+
+    def size(self, batch: Batch) -> int:
+        """Frames in the batch."""
+        return batch["waveform"].shape[0] * self.config.data.segment_frames
+
+    def validate(self) -> Mapping[str, float]:
+        """Mel distance from latents and from all codebooks; their mean is what is watched."""
+        device = next(self.tokenizer.parameters()).device
+        self.mel.to(device)
+        waveform = self.validation.to(device)
+        frames = self.tokenizer.encode(waveform)
+        figures = {
+            "mel_latents": float(self.mel(self.tokenizer.decode_latents(frames.latents), waveform)),
+            "mel_codes": float(self.mel(self.tokenizer.decode_codes(frames.codes), waveform)),
+        }
+        return {**figures, "loss": sum(figures.values()) / 2}
+
+    def export(self, folder: Path) -> None:
+        """The tokenizer's folder."""
+        self.tokenizer.save(folder)
+
+    def samples(self) -> Sequence[Sample]:
+        """Held-out segments, as they are and from latents and codes."""
+        device = next(self.tokenizer.parameters()).device
+        waveform = self.validation[:4].to(device)
+        frames = self.tokenizer.encode(waveform)
+        kinds = {
+            "original": waveform,
+            "latents": self.tokenizer.decode_latents(frames.latents),
+            "codes": self.tokenizer.decode_codes(frames.codes),
+        }
+        return [
+            Sample(name=f"{name}/{row}", waveform=audio[row, 0].cpu(), sample_rate_hz=self.tokenizer.sample_rate_hz)
+            for name, audio in kinds.items()
+            for row in range(len(waveform))
+        ]
+
+    @property
+    def _segment_samples(self) -> int:
+        return self.config.data.segment_frames * self.config.tokenizer.hop_length
+
+    @property
+    def _adversarial_weight(self) -> float:
+        return self.config.losses.adversarial_weight + self.config.losses.feature_matching_weight
+
+    def _adversarial(self, step: int) -> bool:
+        return self._adversarial_weight > 0 and step >= self.config.losses.adversarial_from_step
+
+    def _source(self, split: str) -> SegmentSource:
+        data, rate = self.config.data, self.config.tokenizer.sample_rate_hz
+        if data.caches:
+            cache = PcmCache(
+                [Path(folder) for folder in data.caches],
+                split=split,
+                validation_fraction=data.validation_fraction,
+                rules=data.rules,
+            )
+            if cache.sample_rate_hz != rate:
+                raise UserError(
+                    f"the caches have sample_rate_hz={cache.sample_rate_hz}, the tokenizer {rate}; "
+                    "prepare them at the tokenizer's rate"
+                )
+            return cache
+        clips = [clip for source in data.sources for clip in read_manifest(Path(source)).clips]
+        clips = split_clips(clips, split, data.validation_fraction)
+        return AudioFiles(list(apply_rules(clips, data.rules)), rate)
+
+    def _validation_segments(self) -> Float[Tensor, "B 1 S"]:
+        """The same segments at every validation; of the training data where none are held back."""
+        split = "validation" if self.config.data.validation_fraction > 0 else "train"
+        segments = self._source(split).segments(
+            self.config.data.validation_segments, self._segment_samples, seed=0
+        )
+        return next(segments)
+
+
+def bottleneck(
+    tokenizer: F3Tokenizer, latents: Float[Tensor, "B T D"], losses: TokenizerLossConfig, generator: torch.Generator
+) -> tuple[Float[Tensor, "B T D"], Float[Tensor, ""]]:
+    """What the decoder sees in training: quantized latents in the first rows, noisy ones in the others.
+
+    No gradient passes the quantization: with one (straight through), the encoder learns what is easy to quantize, and
+    its 64 dimensions collapse to fewer than ten. The codes follow the latents, never the other way round. Also returns
+    the mean squared error of the full-depth quantization.
+    """
+    quantizer, plain = tokenizer.quantizer, latents.detach()
+    codes = quantizer.encode(plain)
+    error = (plain - quantizer.decode(codes)).square().mean()
+    num_quantized = round(losses.quantized_share * latents.shape[0])
+    num_full = round(losses.full_depth_share * num_quantized)
+    rows = []
+    for row in range(num_quantized):
+        depth = quantizer.num_codebooks
+        if row >= num_full:
+            depth = int(torch.randint(1, quantizer.num_codebooks + 1, (), generator=generator, device=generator.device))
+        rows.append(quantizer.decode(codes[row : row + 1, :depth]))
+    return torch.cat([*rows, add_noise(latents[num_quantized:], losses.noise_gamma, generator)]), error
