@@ -71,7 +71,6 @@ class Drawn:
     """False for rows that have stopped: their frame means nothing."""
 
 
-@torch.inference_mode()
 def generate_frames(model: HybridLM, request: Request) -> Iterator[Drawn]:
     """Draw frame by frame, until every row has stopped or the limit is reached.
 
@@ -82,41 +81,66 @@ def generate_frames(model: HybridLM, request: Request) -> Iterator[Drawn]:
     Yields:
         At least one frame; the first one is active in every row.
     """
-    config, controls = model.config, request.controls
-    device = next(model.parameters()).device
-    rows = len(request.seeds)
-    guided = controls.cfg != 1.0 and list(request.prefix) != list(request.unconditional)
-    prefix, prefix_mask = _prefixes(request, guided, device)
-    # On the CPU, so that a seed means the same on every device.
-    generators = [torch.Generator().manual_seed(seed) for seed in request.seeds]
-    h, cache = model.start(prefix, prefix_mask, _context(request, prefix.shape[0]))
-    active = torch.ones(rows, dtype=torch.bool, device=device)
+    loop = FrameLoop(model, request)
     for index in range(request.limits.maximum):
-        conditional, free = (h[:rows], h[rows:]) if guided else (h, None)
-        stops = _stops(model.stop_logit(conditional), row_uniforms(generators, 1, device), controls.stop_floor)
-        if index >= max(1, request.limits.minimum):
-            active = active & ~stops
-            if not bool(active.any()):
-                return
+        frame = loop.draw(may_stop=index >= max(1, request.limits.minimum))
+        if frame is None:
+            return
+        yield frame
+        if index + 1 < request.limits.maximum:
+            loop.advance(frame)
+
+
+class FrameLoop:
+    """The rows of a request on their way; each method is one inference-mode call, so nothing is kept for gradients."""
+
+    @torch.inference_mode()
+    def __init__(self, model: HybridLM, request: Request) -> None:
+        self.model, self.controls = model, request.controls
+        self.rows = len(request.seeds)
+        self.device = next(model.parameters()).device
+        self.guided = request.controls.cfg != 1.0 and list(request.prefix) != list(request.unconditional)
+        # On the CPU, so that a seed means the same on every device.
+        self.generators = [torch.Generator().manual_seed(seed) for seed in request.seeds]
+        self.active = torch.ones(self.rows, dtype=torch.bool, device=self.device)
+        prefix, mask = _prefixes(request, self.guided, self.device)
+        self.h, self.cache = model.start(prefix, mask, _context(request, prefix.shape[0]))
+
+    @torch.inference_mode()
+    def draw(self, *, may_stop: bool) -> Drawn | None:
+        """The next frame of every row; None when all have stopped."""
+        model, controls, config = self.model, self.controls, self.model.config
+        conditional, free = (self.h[: self.rows], self.h[self.rows :]) if self.guided else (self.h, None)
+        stops = _stops(model.stop_logit(conditional), row_uniforms(self.generators, 1, self.device), controls)
+        if may_stop:
+            self.active = self.active & ~stops
+            if not bool(self.active.any()):
+                return None
         codes = latents = None
         if config.uses_codes:
             codes = model.code_head.sample(
                 conditional,
-                generators,
+                self.generators,
                 lambda logits: restrict(logits, controls),
                 unconditional=free,
                 cfg=controls.cfg,
             )
         if config.predicts_latents:
-            latents = _draw_latents(model, conditional, free, codes, generators, controls)
-        frame = Drawn(
+            latents = _draw_latents(model, conditional, free, codes, self.generators, controls)
+        return Drawn(
             codes=None if codes is None else codes[:, :, None],
             latents=None if latents is None else latents[:, None],
-            active=active,
+            active=self.active,
         )
-        yield frame
-        if index + 1 < request.limits.maximum:
-            h, cache = model.step(_twice(frame.codes, guided), _twice(frame.latents, guided), None, cache)
+
+    @torch.inference_mode()
+    def advance(self, frame: Drawn) -> None:
+        """Take in the frame that was drawn."""
+        codes, latents = self._all_rows(frame.codes), self._all_rows(frame.latents)
+        self.h, self.cache = self.model.step(codes, latents, None, self.cache)
+
+    def _all_rows(self, x: Tensor | None) -> Tensor | None:
+        return torch.cat([x, x]) if self.guided and x is not None else x
 
 
 def _prefixes(request: Request, guided: bool, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -142,14 +166,10 @@ def _context(request: Request, rows: int) -> AudioFrames | None:
     )
 
 
-def _twice(x: Tensor | None, guided: bool) -> Tensor | None:
-    return torch.cat([x, x]) if guided and x is not None else x
-
-
-def _stops(logit: Float[Tensor, " B"], uniforms: Float[Tensor, "B 1"], floor: float) -> Bool[Tensor, " B"]:
-    """Draw whether each row stops here; probabilities below `floor` count as 0."""
-    probability = logit.float().reshape(-1).sigmoid()
-    return (probability >= floor) & (uniforms[:, 0] < probability)
+def _stops(logit: Float[Tensor, " B"], uniforms: Float[Tensor, "B 1"], controls: Controls) -> Bool[Tensor, " B"]:
+    """Draw whether each row stops here; probabilities below the floor count as 0."""
+    probability = logit.float().sigmoid()
+    return (probability >= controls.stop_floor) & (uniforms[:, 0] < probability)
 
 
 def _draw_latents(

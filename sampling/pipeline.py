@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -246,7 +247,11 @@ class AudioModel:
         """The prompt's frames and the drawn ones; a stream that is not drawn in full follows from the other."""
         prompt, rows = request.prompt, len(request.seeds)
         before = 0 if prompt is None else prompt.latents.shape[1]
-        codes = torch.cat([frame.codes for frame in drawn], dim=2) if drawn[0].codes is not None else None
+        codes = (
+            torch.cat([frame.codes for frame in drawn if frame.codes is not None], dim=2)
+            if drawn[0].codes is not None
+            else None
+        )
         if drawn[0].latents is not None:
             latents = torch.cat([frame.latents for frame in drawn if frame.latents is not None], dim=1)
             if codes is None or codes.shape[1] < self.tokenizer.num_codebooks:
@@ -261,7 +266,7 @@ class AudioModel:
             latents = torch.cat([past.expand(rows, -1, -1), latents], dim=1)
         return AudioFrames(codes=codes, latents=latents, lengths=made + before)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # and no inference mode: its tensors would be of no use to a caller who trains on the audio
     def _decode(self, frames: AudioFrames) -> tuple[Float[Tensor, "B 1 S"], Int[Tensor, " B"]]:
         """Audio of every row on its own: what follows a row's end in the batch can't reach its last samples."""
         lengths = frames.lengths * self.tokenizer.hop_length
@@ -289,7 +294,7 @@ def load(name_or_dir: str | Path = "box", device: str = "cpu") -> AudioModel:
     return AudioModel(checkpoint.model, checkpoint.tokenizer, checkpoint.text)
 
 
-def _override(controls: Controls | None, **values: float | int | None) -> Controls:
+def _override(controls: Controls | None, **values: Any) -> Controls:
     return replace(controls or Controls(), **{name: value for name, value in values.items() if value is not None})
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def run(
         for block in audio_blocks(input, codec.sample_rate_hz, block_s=PIECE_SECONDS):
             piece = block.unsqueeze(0)
             judge.expect(piece)
-            frames = encoding(lambda piece=piece: encoder.push(piece.to(device)))
+            frames = encoding(partial(encoder.push, piece.to(device)))
             writer.write(judge.compare(decode(frames)))
         frames = encoding(encoder.flush)
         writer.write(judge.compare(decode(frames)))

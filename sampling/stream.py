@@ -9,10 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sampling.generate import Drawn
-from tokenizer.frames import Source, Tokenizer
+from tokenizer.frames import Source, StreamingDecoder, Tokenizer
 
 
-@torch.inference_mode()
 def stream_audio(
     tokenizer: Tokenizer,
     source: Source,
@@ -35,7 +34,7 @@ def stream_audio(
     decoder = tokenizer.streaming_decoder(1, source)
     time = 2 if source == "codes" else 1
     if prompt is not None:
-        yield from _samples(decoder.push(prompt))
+        yield from _decoded(decoder, prompt)
     waiting: list[Tensor] = []
     wanted = 1
     for frame in drawn:
@@ -43,13 +42,15 @@ def stream_audio(
         assert new is not None
         waiting.append(new)
         if len(waiting) == wanted:
-            yield from _samples(decoder.push(torch.cat(waiting, dim=time)))
+            yield from _decoded(decoder, torch.cat(waiting, dim=time))
             waiting, wanted = [], chunk_frames
     if waiting:
-        yield from _samples(decoder.push(torch.cat(waiting, dim=time)))
-    yield from _samples(decoder.flush())
+        yield from _decoded(decoder, torch.cat(waiting, dim=time))
+    yield from _decoded(decoder, None)
 
 
-def _samples(waveform: Float[Tensor, "1 1 S"]) -> Iterator[Float[Tensor, "1 1 S"]]:
-    if waveform.shape[-1]:
-        yield waveform.float().cpu()
+@torch.no_grad()
+def _decoded(decoder: StreamingDecoder, frames: Tensor | None) -> list[Float[Tensor, "1 1 S"]]:
+    """The samples of these frames, or (None) what the decoder still holds; no piece where there are none."""
+    waveform = decoder.flush() if frames is None else decoder.push(frames)
+    return [waveform.float().cpu()] if waveform.shape[-1] else []

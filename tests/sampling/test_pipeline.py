@@ -33,6 +33,9 @@ def test_the_record_is_complete(representation: str) -> None:
     assert audio.seed == 3
     assert audio.seconds_made == 2.0
     assert float(audio.waveform.abs().max()) > 0.01
+    for tensor in (audio.waveform, audio.frames.latents):  # fit for training on, and without a history
+        assert not tensor.is_inference()
+        assert not tensor.requires_grad
     if representation == "discrete":
         torch.testing.assert_close(audio.frames.latents, model.tokenizer.dequantize(audio.frames.codes))
     if representation == "continuous":
@@ -192,7 +195,6 @@ def test_a_saved_model_makes_the_same_audio(tmp_path: Path) -> None:
     save_model(tmp_path / "model", model.model, model.tokenizer, model.text, dtype=torch.float32)
     again = load(tmp_path / "model")
     assert again.tags == model.tags
-    # After saving, the tokenizer in memory has the rounded weights of the one on disk.
     ours, theirs = (m.generate(text="good morning", seed=1, duration=0.5) for m in (model, again))
     assert torch.equal(ours.waveform, theirs.waveform)
     assert torch.equal(ours.frames.codes, theirs.frames.codes)

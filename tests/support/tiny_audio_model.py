@@ -21,7 +21,7 @@ TAGS = ("speech", "music", "sound", "speaker:kathleen")
 def tiny_tokenizer() -> F3Tokenizer:
     """25 Hz, 24 kHz, 8-d latents, 3 codebooks of 32."""
     torch.manual_seed(0)
-    return F3Tokenizer(
+    tokenizer = F3Tokenizer(
         F3Config(
             encoder_dim=16,
             decoder_dim=16,
@@ -35,6 +35,10 @@ def tiny_tokenizer() -> F3Tokenizer:
             codebook_size=32,
         )
     ).eval()
+    with torch.no_grad():
+        for weight in tokenizer.state_dict().values():
+            weight.copy_(weight.bfloat16())  # the precision on disk, so that saving and loading changes nothing
+    return tokenizer
 
 
 @lru_cache
