@@ -1,7 +1,7 @@
-"""The autoencoder half of F3-Tokenizer (arXiv 2606.06357): a causal STFT/ConvNeXt codec with noise-regularized latents.
+"""The autoencoder half of F3-Tokenizer (arXiv 2606.06357): a causal STFT/ConvNeXt codec, noise-regularized latents.
 
-Encoder: right-aligned STFT, ConvNeXt blocks at the STFT's rate, a strided projection to the frame rate, ConvNeXt blocks,
-a projection to D channels, normalization per time step. Decoder: the mirror image, ending in magnitudes and phases of
+Encoder: right-aligned STFT, ConvNeXt blocks at the STFT's rate, a strided projection to the frame rate, ConvNeXt
+blocks, a projection to D channels, normalization per time step. Decoder: the mirror image, ending in magnitudes and phases of
 overlapping windows as in Vocos (arXiv 2306.00814), each window starting at its own hop, so that a sample depends on
 present and past frames alone. Residual quantization over the normalized latent gives the codes.
 
@@ -294,7 +294,9 @@ class F3Tokenizer(nn.Module):
             tokenizer.load_state_dict(weights)
         except RuntimeError as error:
             reason = str(error).splitlines()[1].strip()
-            raise UserError(f"{folder / 'model.safetensors'} does not fit {folder / 'config.json'}: {reason}") from error
+            raise UserError(
+                f"{folder / 'model.safetensors'} does not fit {folder / 'config.json'}: {reason}"
+            ) from error
         return tokenizer.eval()
 
 

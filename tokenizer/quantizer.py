@@ -68,9 +68,7 @@ class ResidualQuantizer(nn.Module):
             self.sums[k].mul_(decay).index_add_(0, index, residual, alpha=1 - decay)
             dead = (self.counts[k] < revive_below).nonzero()[:, 0]
             if len(dead):
-                chosen = torch.randint(
-                    len(residual), (len(dead),), generator=generator, device=generator.device
-                )
+                chosen = torch.randint(len(residual), (len(dead),), generator=generator, device=generator.device)
                 self.counts[k][dead] = 2 * revive_below
                 self.sums[k][dead] = residual[chosen] * (2 * revive_below)
             self.codebooks[k] = self.sums[k] / self.counts[k][:, None]

@@ -180,7 +180,7 @@ def resolve(mapping: Mapping[str, Any], task_config: type, *, where: str) -> tup
     """
     run = from_mapping(RunConfig, mapping, where=where)
     section = section_of(run.task)
-    task = from_mapping(task_config, getattr(run, section) or {}, where=f"{where}: {section}")
+    task: Any = from_mapping(task_config, getattr(run, section) or {}, where=f"{where}: {section}")
     resolved = _plain(dataclasses.asdict(run))
     for other in ("tokenizer_task", "language"):
         resolved.pop(other)

@@ -72,7 +72,7 @@ class ClipIndex:
             tag_ids.append(tag_sets.setdefault(clip.tags, len(tag_sets)))
             texts.append(bool(clip.text))
             splits.append(sys.intern(clip.split) if clip.split else None)
-            hashes.append(zlib.crc32((record["text"] or clip.key).encode()))
+            hashes.append(_split_hash(record["text"], clip.key))
         keep = _members(splits, np.array(hashes, dtype=np.int64), split, validation_fraction)
         table = np.array(places, dtype=np.int64).reshape(-1, 5)[keep]
         self.reader, self.offset, self.shard, self.row, self.rows = (table[:, column] for column in range(5))
@@ -122,6 +122,18 @@ def _clip(record: dict[str, Any]) -> Clip:
         tags=tuple(record["tags"]),
         labels=record["labels"],
     )
+
+
+def split_clips(clips: Sequence[Clip], split: str | None, validation_fraction: float) -> list[Clip]:
+    """The clips of `split`, divided exactly as `ClipIndex` divides a cache of them."""
+    hashes = np.array([_split_hash(clip.text, clip.key) for clip in clips], dtype=np.int64)
+    keep = _members([clip.split for clip in clips], hashes, split, validation_fraction)
+    return [clip for clip, kept in zip(clips, keep, strict=True) if kept]
+
+
+def _split_hash(text: str | None, key: str) -> int:
+    """What decides whether a clip is held back: its sentence, so that no sentence stands on both sides."""
+    return zlib.crc32((text or key).encode())
 
 
 def _members(

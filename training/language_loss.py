@@ -26,6 +26,8 @@ class LanguageLossConfig:
     """Of the guided attention loss, on complete utterances with text."""
     text_dropout: float = 0.05
     """Share of rows whose text is hidden and whose tags are not; `model.condition_dropout` hides both."""
+    tag_dropout: float = 0.0
+    """Share of rows that keep only the first of their tags, so that it works alone too (`music` without a genre)."""
     head_fraction: float = 1.0
     """Share of the frames whose codes and latents are scored: less is faster and noisier."""
 
@@ -35,8 +37,9 @@ class LanguageLossConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
         if any(weight < 0 for weight in self.code_weights) or (self.code_weights and sum(self.code_weights) == 0):
             raise ValueError(f"code_weights={list(self.code_weights)} must be at least 0, and not all 0")
-        if not 0 <= self.text_dropout <= 1:
-            raise ValueError(f"text_dropout={self.text_dropout} must lie in [0, 1]")
+        for name in ("text_dropout", "tag_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1]")
         if not 0 < self.head_fraction <= 1:
             raise ValueError(f"head_fraction={self.head_fraction} must lie in (0, 1]")
 

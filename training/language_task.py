@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -152,14 +153,20 @@ class LanguageTask:
             batch_frames=data.batch_frames,
             max_frames=min(data.max_frames, self.model.config.max_frames),
         )
-        for batch in windows:
-            yield self.batch(self.train_data, batch)
+        for number, batch in enumerate(windows, start=skip):
+            draws = np.random.default_rng([seed, rank, number]).random(len(batch))
+            yield self.batch(self.train_data, batch, draws < self.config.losses.tag_dropout)
 
-    def batch(self, cache: TokenCache, windows: Sequence[Window]) -> Batch:
-        """Read windows; a window that lacks its clip's beginning has no text."""
+    def batch(
+        self, cache: TokenCache, windows: Sequence[Window], first_tag_alone: Sequence[bool] | None = None
+    ) -> Batch:
+        """Read windows; a window that lacks its clip's beginning has no text, a marked one no tag but its first."""
         clips = [cache.read(window) for window in windows]
         texts = [clip.text if window.start == 0 else None for clip, window in zip(clips, windows, strict=True)]
-        rows = [(text, clip.tags) for text, clip in zip(texts, clips, strict=True)]
+        tags = [clip.tags for clip in clips]
+        if first_tag_alone is not None:
+            tags = [row[:1] if alone else row for row, alone in zip(tags, first_tag_alone, strict=True)]
+        rows = list(zip(texts, tags, strict=True))
         prefix = make_prefix(self.text, rows, self.config.text.max_pieces)
         reaches_end = [w.start + w.frames == cache.num_frames(w.clip) for w in windows]
         ended = torch.tensor([r and GOES_ON not in c.labels for r, c in zip(reaches_end, clips, strict=True)])

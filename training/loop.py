@@ -160,7 +160,8 @@ class _Run:
 
     def step(self, micro_batches: list[Batch]) -> tuple[dict[str, Tensor], int]:
         """One update of every module whose turn it is; returns the losses by name and the frames taken in."""
-        index, losses = self.progress.step, {}
+        index = self.progress.step
+        losses: dict[str, Tensor] = {}
         micro_batches = [send_to_device(batch, self.device) for batch in micro_batches]
         frames = sum(self.task.size(batch) for batch in micro_batches)
         self._broadcast(parameters=False)

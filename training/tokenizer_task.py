@@ -21,9 +21,10 @@ from tokenizer.adversary import (
     feature_matching_loss,
 )
 from tokenizer.bottleneck import add_noise, coding_rate
+from tokenizer.errors import UserError
 from tokenizer.f3 import F3Config, F3Tokenizer
 from tokenizer.mel import MultiResolutionMelLoss
-from tokenizer.errors import UserError
+from training.index import split_clips
 from training.manifest import TagRule, apply_rules, read_manifest
 from training.segments import AudioFiles, PcmCache, SegmentSource
 from training.task import Batch, Sample
@@ -249,9 +250,7 @@ class TokenizerTask:
     def _validation_segments(self) -> Float[Tensor, "B 1 S"]:
         """The same segments at every validation; of the training data where none are held back."""
         split = "validation" if self.config.data.validation_fraction > 0 else "train"
-        segments = self._source(split).segments(
-            self.config.data.validation_segments, self._segment_samples, seed=0
-        )
+        segments = self._source(split).segments(self.config.data.validation_segments, self._segment_samples, seed=0)
         return next(segments)
 
 

@@ -93,9 +93,7 @@ def test_streaming_equals_offline(tokenizer: F3Tokenizer, pieces: list[int]) -> 
 
     decoder = tokenizer.streaming_decoder(batch_size=2)
     samples = [decoder.push(frames.latents) for frames in found] + [decoder.flush()]
-    torch.testing.assert_close(
-        torch.cat(samples, dim=-1), tokenizer.decode_latents(offline.latents), atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(torch.cat(samples, dim=-1), tokenizer.decode_latents(offline.latents), atol=1e-5, rtol=0)
     decoder = tokenizer.streaming_decoder(batch_size=2, source="codes")
     samples = [decoder.push(codes) for codes in offline.codes.split([3, 1, offline.codes.shape[2] - 4], dim=2)]
     torch.testing.assert_close(torch.cat(samples, dim=-1), tokenizer.decode_codes(offline.codes), atol=1e-5, rtol=0)
