@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,14 @@ from typing import Any
 import numpy as np
 import soundfile
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from tokenizer.frames import AudioFrames, StreamingDecoder
+from training.prepare import prepare
 
 RATE = 8_000
+SILENT = Console(file=io.StringIO())
 
 
 def write_sine(path: Path, seconds: float, hz: float = 440.0, rate: int = RATE) -> Path:
@@ -32,6 +36,11 @@ def write_corpus(folder: Path, clips: list[dict[str, Any]]) -> Path:
     manifest = folder / "manifest.jsonl"
     manifest.write_text("".join(json.dumps(clip) + "\n" for clip in clips))
     return manifest
+
+
+def sines(folder: Path, durations: list[float], **values: Any) -> Path:
+    """Sines of these lengths."""
+    return write_corpus(folder, [{"path": f"{i}.wav", "duration": d, **values} for i, d in enumerate(durations)])
 
 
 class BlockTokenizer:
@@ -108,3 +117,10 @@ class BlockStream:
 
     def flush(self) -> AudioFrames:
         return self._tokenizer.encode(self._rest)
+
+
+def tokens(source: Path, output: Path, tokenizer: BlockTokenizer | None = None, **values: Any) -> BlockTokenizer:
+    """Fill a cache and return the tokenizer that did."""
+    tokenizer = tokenizer or BlockTokenizer()
+    prepare(source, output, tokenizer, console=SILENT, **values)
+    return tokenizer

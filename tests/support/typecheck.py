@@ -8,7 +8,6 @@ from typing import Any
 from beartype import BeartypeConf, beartype
 from beartype.roar import BeartypeDecorHintPep3119Exception
 
-
 # As type checkers do: where a float is asked for, an int will do (PEP 484).
 _check = beartype(conf=BeartypeConf(is_pep484_tower=True))
 

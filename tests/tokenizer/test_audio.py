@@ -9,8 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import tokenizer.audio
-import tokenizer.files
 from tokenizer.audio import audio_blocks, audio_info, read_audio, write_audio, write_spectrogram
 from tokenizer.errors import UserError
 
@@ -67,7 +65,9 @@ def test_length_is_the_duration_whatever_the_blocks(
 
 
 def test_channels_are_averaged(tmp_path: Path) -> None:
-    channels = np.stack([np.full(100, value, np.float32) for value in (0.8, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -0.4)], axis=1)
+    channels = np.stack(
+        [np.full(100, value, np.float32) for value in (0.8, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -0.4)], axis=1
+    )
     found = read_audio(write(tmp_path / "a.wav", channels, RATE))
     assert found.shape == (1, 100)
     torch.testing.assert_close(found, torch.full((1, 100), 0.05))

@@ -59,7 +59,9 @@ def test_digits_are_single() -> None:
     assert len(tokenizer.encode("1999")) >= 5
 
 
-@pytest.mark.parametrize("text", ["<audio>", "<AUDIO>", "a <speech> b", "\uff1caudio\uff1e", "<<audio>>", "<au<audio>dio>"])
+@pytest.mark.parametrize(
+    "text", ["<audio>", "<AUDIO>", "a <speech> b", "\uff1caudio\uff1e", "<<audio>>", "<au<audio>dio>"]
+)
 def test_text_cannot_spell_a_symbol(text: str) -> None:
     ids = TOKENIZER.encode(text)
     assert ids.index(TOKENIZER.audio_id) == len(ids) - 1

@@ -107,7 +107,11 @@ def test_folder_in_a_fixed_order_with_texts_beside(tmp_path: Path) -> None:
     (tmp_path / "a" / "2.lab").write_text("two")
     (tmp_path / "c.txt").write_bytes(b"\xff\xfe\xff")
     found = read_manifest(tmp_path)
-    assert [(c.key, c.text) for c in found.clips] == [("b.wav", "Good morning"), ("a/10.wav", None), ("a/2.flac", "two")]
+    assert [(c.key, c.text) for c in found.clips] == [
+        ("b.wav", "Good morning"),
+        ("a/10.wav", None),
+        ("a/2.flac", "two"),
+    ]
     assert len(found.problems) == 1
     assert "c.WAV: the text beside it is not UTF-8" in found.problems[0]
 

@@ -1,0 +1,282 @@
+import io
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+import training.prepare
+from tests.support.recordings import RATE, SILENT, BlockTokenizer, sines, tokens, write_corpus, write_sine
+from tokenizer.audio import read_audio
+from tokenizer.errors import UserError
+from training.corpus import PcmCache, TokenCache, Window, prepare, prepare_audio
+from training.shards import ShardReader, ShardWriter, Stream
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_frames_are_the_tokenizer_s_own(tmp_path: Path) -> None:
+    entries = [
+        {"path": "a.wav", "duration": 0.5, "text": "one", "tags": ["speech"], "speaker": "ann", "split": "train"},
+        {"path": "b.wav", "duration": 0.123},
+    ]
+    source = write_corpus(tmp_path / "in", entries)
+    tokenizer = tokens(source, tmp_path / "out", BlockTokenizer(feature_dim=3), latent_dtype="float32")
+    cache = TokenCache(tmp_path / "out", tokenizer=tokenizer)
+    assert len(cache) == 2
+    assert (cache.num_codebooks, cache.codebook_size, cache.latent_dim, cache.feature_dim) == (2, 300, 4, 3)
+    assert cache.duration_s == pytest.approx(0.5 + 0.13)
+    for number, entry in enumerate(entries):
+        wanted = tokenizer.encode(read_audio(tmp_path / "in" / entry["path"], RATE)[None])
+        found = cache[number]
+        assert torch.equal(found.codes, wanted.codes[0])
+        assert torch.equal(found.latents, wanted.latents[0])
+        assert torch.equal(found.features, wanted.features[0])
+        assert found.key == entry["path"]
+    first, second = cache[0], cache[1]
+    assert (first.text, first.tags, first.labels, first.split) == ("one", ("speech",), {"speaker": "ann"}, "train")
+    assert (second.text, second.tags, second.labels, second.split) == (None, (), {}, None)
+    part = cache.read(Window(0, 10, 5))
+    assert torch.equal(part.codes, first.codes[:, 10:15])
+    assert torch.equal(part.latents, first.latents[10:15])
+    batch = cache.frames([second, part])
+    assert batch.lengths.tolist() == [13, 5]
+    assert batch.codes.shape == (2, 2, 13)
+    assert torch.equal(batch.latents[1, :5], part.latents)
+    assert not batch.latents[1, 5:].any()
+    assert torch.equal(batch.features[0], second.features)
+    with pytest.raises(IndexError):
+        cache[2]
+
+
+def test_half_precision_latents_and_parts_of_a_file(tmp_path: Path) -> None:
+    write_sine(tmp_path / "in" / "a.wav", 1.0)
+    write_corpus(tmp_path / "in", [{"path": "a.wav", "start": 0.25, "end": 0.5}])
+    tokenizer = tokens(tmp_path / "in", tmp_path / "out", BlockTokenizer(feature_dim=3), features=False)
+    cache = TokenCache(tmp_path / "out")
+    wanted = tokenizer.encode(read_audio(tmp_path / "in" / "a.wav", RATE, 0.25, 0.25)[None])
+    assert cache.num_frames(0) == 25
+    assert cache.feature_dim == 0
+    torch.testing.assert_close(cache[0].latents, wanted.latents[0], atol=1e-3, rtol=0)
+    assert cache[0].latents.dtype == torch.float32
+
+
+def test_long_clips_are_encoded_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training.prepare, "_PIECE_S", 0.1234)
+    source = sines(tmp_path / "in", [1.009])
+    tokenizer = tokens(source, tmp_path / "out", latent_dtype="float32")
+    assert tokenizer.longest < 0.3 * RATE, "no more than two pieces at once"
+    whole = tokenizer.encode(read_audio(tmp_path / "in" / "0.wav", RATE)[None])
+    found = TokenCache(tmp_path / "out")[0]
+    assert torch.equal(found.codes, whole.codes[0])
+    assert torch.equal(found.latents, whole.latents[0])
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_workers_do_not_change_a_byte(tmp_path: Path, workers: int) -> None:
+    source = sines(tmp_path / "in", [0.1, 0.5, 0.02, 0.3, 0.2, 0.4, 0.1, 0.25])
+    tokens(source, tmp_path / "one", workers=1)
+    tokens(source, tmp_path / "other", workers=workers)
+    assert contents(tmp_path / "one") == contents(tmp_path / "other")
+
+
+def test_finished_clips_are_not_redone_and_changed_ones_are(tmp_path: Path) -> None:
+    source = sines(tmp_path / "in", [0.1, 0.2, 0.3], text="old")
+    tokens(source, tmp_path / "out")
+    again = tokens(source, tmp_path / "out")
+    assert again.num_encoded == 0
+    write_sine(tmp_path / "in" / "1.wav", 0.05, hz=700.0)
+    source.write_text(source.read_text().replace("old", "new").replace('"0.wav"', '"3.wav"'))
+    write_sine(tmp_path / "in" / "3.wav", 0.4)
+    changed = tokens(source, tmp_path / "out")
+    assert changed.num_encoded == 2
+    cache = TokenCache(tmp_path / "out")
+    assert [(cache[i].key, cache[i].text) for i in range(3)] == [("3.wav", "new"), ("1.wav", "new"), ("2.wav", "new")]
+    assert [cache.num_frames(i) for i in range(3)] == [40, 5, 30]
+    wanted = changed.encode(read_audio(tmp_path / "in" / "1.wav", RATE)[None])
+    assert torch.equal(cache[1].codes, wanted.codes[0])
+
+
+def test_killed_run_goes_on_and_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+    source = sines(tmp_path / "in", [0.1, 0.3, 0.2, 0.4, 0.1])
+    tokens(source, tmp_path / "whole")
+    script = textwrap.dedent(
+        f"""
+        import os, signal
+        from tests.support.recordings import BlockTokenizer
+        from training.corpus import prepare
+        from training.shards import ShardWriter
+
+        append = ShardWriter.append
+        def killed(self, key, stamp, arrays):
+            if key == "3.wav":  # half of a clip's rows are out when the power goes
+                self._files["codes"].write(b"torn rows")
+                self._files["codes"].flush()
+                self._log.write(b'{{"key": "3.w')
+                self._log.flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+            append(self, key, stamp, arrays)
+        ShardWriter.append = killed
+        prepare({str(source)!r}, {str(tmp_path / "cut")!r}, BlockTokenizer())
+        """
+    )
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    killed = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True)
+    assert killed.returncode == -9, killed.stderr.decode()
+    with pytest.raises(UserError, match=r"is not complete \(it has no clips.jsonl\)"):
+        TokenCache(tmp_path / "cut")
+    assert tokens(source, tmp_path / "cut").num_encoded == 2
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_bad_files_are_counted_told_and_skipped(tmp_path: Path) -> None:
+    source = sines(tmp_path / "in", [0.1, 0.2])
+    (tmp_path / "in" / "bad.wav").write_text("no audio")
+    source.write_text(source.read_text() + '{"path": "bad.wav"}\n{"path": "gone.wav"}\n{"path": "0.wav", "start": 9}\n')
+    said = io.StringIO()
+    report = prepare(source, tmp_path / "out", BlockTokenizer(), console=Console(file=said, width=400))
+    assert (report.num_clips, report.num_written) == (2, 2)
+    assert report.seconds == pytest.approx(0.3)
+    assert len(report.problems) == 3
+    assert (tmp_path / "out" / "problems.txt").read_text().splitlines() == report.problems
+    for message in ("gone.wav", "bad.wav is not audio", "start=9.0 lies past its end", "3 clips skipped", "2 clips"):
+        assert message in said.getvalue()
+    assert len(TokenCache(tmp_path / "out")) == 2
+
+
+def test_only_bad_files_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "bad.wav").write_text("no audio")
+    with pytest.raises(UserError, match=r"has no usable clip \(1 problems, the first: .*bad.wav is not audio"):
+        prepare(tmp_path, tmp_path / "out", BlockTokenizer(), console=SILENT)
+
+
+def test_another_tokenizer_is_refused_and_both_are_named(tmp_path: Path) -> None:
+    source = sines(tmp_path / "in", [0.1])
+    tokens(source, tmp_path / "out", BlockTokenizer("aaaa"))
+    with pytest.raises(UserError, match="tokenizer=block aaaa, but block bbbb is asked for"):
+        tokens(source, tmp_path / "out", BlockTokenizer("bbbb"))
+    with pytest.raises(UserError, match="made by tokenizer block aaaa, but block bbbb is asked for"):
+        TokenCache(tmp_path / "out", tokenizer=BlockTokenizer("bbbb"))
+    tokens(source, tmp_path / "other", BlockTokenizer("bbbb"))
+    with pytest.raises(UserError, match="made by tokenizer block bbbb, but block aaaa"):
+        TokenCache([tmp_path / "out", tmp_path / "other"])
+
+
+def test_folders_that_are_no_such_cache(tmp_path: Path) -> None:
+    source = sines(tmp_path / "in", [0.1])
+    with pytest.raises(UserError, match="is not a prepared cache"):
+        TokenCache(tmp_path / "in")
+    prepare_audio(source, tmp_path / "audio", sample_rate_hz=RATE, console=SILENT)
+    with pytest.raises(UserError, match="is a cache of audio, but must be one of tokens"):
+        TokenCache(tmp_path / "audio")
+    (tmp_path / "audio" / "meta.json").write_text('{"format_version": 99}')
+    with pytest.raises(UserError, match="format_version=99, but must be 1"):
+        PcmCache(tmp_path / "audio")
+    (tmp_path / "audio" / "meta.json").write_text("{")
+    with pytest.raises(UserError, match=r"meta.json is damaged"):
+        PcmCache(tmp_path / "audio")
+    with pytest.raises(UserError, match="cannot be written"):
+        tokens(source, tmp_path / "in" / "0.wav" / "out")
+
+
+def test_two_writers_are_refused(tmp_path: Path) -> None:
+    source = sines(tmp_path / "in", [0.1])
+    streams = {"codes": Stream(dtype="uint16", width=1)}
+    with (
+        ShardWriter(tmp_path / "out", kind="tokens", streams=streams, about={}),
+        pytest.raises(UserError, match="is being written by another process"),
+    ):
+        tokens(source, tmp_path / "out")
+
+
+def test_full_disk_keeps_what_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = sines(tmp_path / "in", [0.1, 0.2, 0.3])
+    append = ShardWriter.append
+
+    class Full(io.BytesIO):
+        def write(self, _: object) -> int:
+            raise OSError(28, "No space left on device")
+
+    def full(self: ShardWriter, key: str, stamp: str, arrays: Mapping[str, Any]) -> None:
+        if key == "2.wav":
+            self._files["latents"] = Full()
+        append(self, key, stamp, arrays)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "append", full)
+        with pytest.raises(UserError, match="No space left on device; what is complete stays"):
+            tokens(source, tmp_path / "out")
+    assert tokens(source, tmp_path / "out").num_encoded == 1
+    tokens(source, tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@settings(max_examples=30, deadline=None)
+@given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=12), stop=st.integers(0, 12), torn=st.integers(0, 40))
+def test_shards_give_back_what_went_in_wherever_writing_was_cut(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], stop: int, torn: int
+) -> None:
+    folder = tmp_path_factory.mktemp("shards")
+    streams = {"a": Stream(dtype="int16", width=2), "b": Stream(dtype="float32", width=1)}
+    clips = {
+        f"clip{i}": {
+            "a": np.full((n, 2), i, np.int16) + np.arange(n, dtype=np.int16)[:, None],
+            "b": np.arange(n, dtype=np.float32)[:, None] / 7,
+        }
+        for i, n in enumerate(lengths)
+    }
+
+    def writer() -> ShardWriter:
+        return ShardWriter(folder, kind="toy", streams=streams, about={}, max_rows=10)
+
+    with writer() as first:
+        for key in list(clips)[:stop]:
+            first.append(key, "v", clips[key])
+    for path in sorted(folder.glob("*.a.bin"))[-1:]:  # rows of one stream got out, those of the other are lost
+        path.write_bytes(path.read_bytes() + b"x" * torn)
+    for path in sorted(folder.glob("*.b.bin"))[-1:]:
+        path.write_bytes(path.read_bytes()[: max(path.stat().st_size - torn, 0)])
+    with writer() as second:
+        for key, arrays in clips.items():
+            if key not in second.places:
+                second.append(key, "v", arrays)
+        assert second.finish((key, {}) for key in clips) == len(clips)
+    reader = ShardReader(folder, "toy")
+    for offset, line in reader.lines():
+        assert reader.line(offset) == line
+        wanted = clips[line["key"]]
+        for name in streams:
+            rows = reader.rows(name, line["shard"], line["row"], line["row"] + line["rows"])
+            np.testing.assert_array_equal(rows, wanted[name])
+    for path in folder.glob("*.a.bin"):
+        assert path.stat().st_size <= 10 * streams["a"].row_bytes
+
+
+def test_cut_shard_is_told(tmp_path: Path) -> None:
+    tokens(sines(tmp_path / "in", [0.1]), tmp_path / "out")
+    cache = TokenCache(tmp_path / "out")
+    (tmp_path / "out" / "00000.codes.bin").write_bytes(b"\x00" * 8)
+    with pytest.raises(UserError, match=r"codes\.bin is cut short"):
+        cache[0]
+    (tmp_path / "out" / "00000.codes.bin").unlink()
+    with pytest.raises(UserError, match=r"codes\.bin is missing"):
+        TokenCache(tmp_path / "out")[0]
+
+
+def test_index_is_one_json_line_a_clip(tmp_path: Path) -> None:
+    tokens(sines(tmp_path / "in", [0.1, 0.2], text="größe\n2"), tmp_path / "out")
+    lines = [json.loads(line) for line in (tmp_path / "out" / "clips.jsonl").read_text("utf-8").splitlines()]
+    assert [line["text"] for line in lines] == ["größe\n2"] * 2
