@@ -6,11 +6,17 @@ import json
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tokenizer.errors import UserError
+
+if TYPE_CHECKING:
+    from hybridlm.model import HybridLM
+    from tokenizer.frames import Tokenizer
+    from tokenizer.text import TextTokenizer
+    from training.task import Sample
 
 # Newer releases of typer carry their own copy of click: this names the base class of bad usage in either.
 _UsageError: type[Any] = typer.BadParameter.__mro__[2]
@@ -150,12 +156,17 @@ def prepare(
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A folder of audio, or a JSONL manifest.")],
     output: Annotated[Path, typer.Option(metavar="DIR", help="Where the tokens go.")],
     tokenizer: TokenizerOption = "box",
-    workers: Annotated[int, typer.Option(metavar="N", help="Processes that decode audio.")] = 2,
+    workers: Annotated[int, typer.Option(metavar="N", help="Threads that decode.")] = 2,
+    audio: Annotated[bool, typer.Option("--audio", help="Keep the audio itself, to train a tokenizer on.")] = False,
 ) -> None:
-    """Turn a corpus into tokens on disk, for training."""
-    from training.corpus import prepare as run
+    """Turn a corpus into tokens on disk, to train a language model on."""
+    from training.prepare import prepare as prepare_tokens
+    from training.prepare import prepare_audio
 
-    run(source, output, tokenizer=tokenizer, workers=workers)
+    if audio:
+        prepare_audio(source, output, workers=workers)
+    else:
+        prepare_tokens(source, output, tokenizer, workers=workers)
 
 
 @app.command()
@@ -167,7 +178,27 @@ def train(
     """Train a tokenizer or a language model."""
     from training.run import train as run
 
-    run(config, overrides or [], resume=resume)
+    run(config, overrides or [], resume=resume, sampler=_sound)
+
+
+def _sound(model: HybridLM, tokenizer: Tokenizer, text: TextTokenizer) -> list[Sample]:
+    """What a model under training says and plays; only the front door knows both sampling and training."""
+    from sampling.pipeline import AudioModel
+    from training.task import Sample
+
+    audio_model = AudioModel(model, tokenizer, text)
+    seconds = min(4.0, model.config.max_frames / tokenizer.frame_rate_hz)
+    requests: dict[str, dict[str, Any]] = {"speech": {"text": "Good morning."}}
+    requests |= {tag: {"tags": [tag]} for tag in ("music", "sound") if tag in text.tags}
+    samples = []
+    for name, request in requests.items():
+        try:
+            made = audio_model.generate(**request, duration=seconds)
+        except UserError:  # a model that reads what it doesn't predict (spectra, finer codes) can't generate
+            return []
+        sample = Sample(name=f"generated/{name}", waveform=made.row(0)[0], sample_rate_hz=made.sample_rate_hz)
+        samples.append(sample)
+    return samples
 
 
 @app.command()
@@ -193,7 +224,7 @@ def evaluate(
     """Measure a model's likelihood of recordings: nats a frame, bits per second of audio, 95 % intervals."""
     from training.evaluate import run
 
-    run(model, data, split=split, json_file=json_file)
+    run(model, data, split, json_file)
 
 
 @app.command()

@@ -227,7 +227,7 @@ def test_a_manifest_with_faults_is_read_as_far_as_it_goes(command: Command, mode
     result = command("evaluate", "--model", model, "--data", source, "--json", figures)
     assert result.status == 0, result
     assert f"{len(faults)} " in result.out + result.err
-    assert json.loads(figures.read_text())["num_clips"] == 1
+    assert json.loads(figures.read_text())["report"]["num_clips"] == 1
     prepared = command("prepare", source, "--output", tmp_path / "tokens", "--tokenizer", model, "--workers", 1)
     assert prepared.status == 0, prepared
     assert f"{len(faults)} " in prepared.out + prepared.err

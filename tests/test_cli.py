@@ -26,7 +26,7 @@ CONTRACT = {
         *("--top-k", "--top-p", "--cfg", "--device", "--output"),
     },
     "reconstruct": {"input", "output", "--tokenizer", "--from", "--num-codebooks", "--json"},
-    "prepare": {"source", "--output", "--tokenizer", "--workers"},
+    "prepare": {"source", "--output", "--tokenizer", "--workers", "--audio"},
     "train": {"config", "overrides", "--resume"},
     "finetune": {"--model", "--data", "--output", "overrides"},
     "evaluate": {"--model", "--data", "--split", "--json"},
