@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.recordings import write_corpus, write_sine
+from tokenizer.audio import read_audio
 from tokenizer.errors import UserError
 from tokenizer.settings import from_mapping
 from training.manifest import Clip, TagRule, apply_rules, read_manifest
@@ -170,3 +171,11 @@ def test_rules_come_from_settings() -> None:
     assert rule == TagRule(where={"set": "kathleen"}, tags=("speech",), text=False, weight=3.0)
     with pytest.raises(UserError, match=r"weight=-1.0 must be a number of at least 0"):
         from_mapping(TagRule, {"weight": -1.0})
+
+
+def test_the_recordings_beside_the_tests_are_whole() -> None:
+    found = read_manifest(Path(__file__).parents[1] / "data")
+    assert found.problems == []
+    assert {c.labels["license"] for c in found.clips} == {"CC0-1.0"}
+    for c in found.clips:
+        assert read_audio(c.path).shape[1] == pytest.approx(c.duration * 24_000, abs=50)
