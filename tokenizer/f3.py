@@ -1,9 +1,9 @@
 """The autoencoder half of F3-Tokenizer (arXiv 2606.06357): a causal STFT/ConvNeXt codec, noise-regularized latents.
 
 Encoder: right-aligned STFT, ConvNeXt blocks at the STFT's rate, a strided projection to the frame rate, ConvNeXt
-blocks, a projection to D channels, normalization per time step. Decoder: the mirror image, ending in magnitudes and phases of
-overlapping windows as in Vocos (arXiv 2306.00814), each window starting at its own hop, so that a sample depends on
-present and past frames alone. Residual quantization over the normalized latent gives the codes.
+blocks, a projection to D channels, normalization per time step. Decoder: the mirror image, ending in magnitudes and
+phases of overlapping windows as in Vocos (arXiv 2306.00814), each window starting at its own hop, so that a sample
+depends on present and past frames alone. Residual quantization over the normalized latent gives the codes.
 
 Shapes: B batch, T frames, H hops (`hops_per_frame` to a frame), K codebooks, D latent, S samples.
 """

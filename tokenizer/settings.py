@@ -1,4 +1,4 @@
-"""Strict settings: a mapping (YAML, JSON) becomes a frozen dataclass, and an unknown key names its nearest neighbour."""
+"""Strict settings: a mapping (YAML, JSON) becomes a frozen dataclass; an unknown key names its nearest neighbour."""
 
 from __future__ import annotations
 
