@@ -26,7 +26,7 @@ from hybridlm.config import ModelConfig
 from hybridlm.model import HybridLM
 from tokenizer.errors import UserError
 from tokenizer.frames import Tokenizer
-from tokenizer.loading import load_tokenizer
+from tokenizer.loading import load_tokenizer, read_json, resolve_device
 from tokenizer.settings import from_mapping
 from tokenizer.text import TextTokenizer
 
@@ -76,25 +76,6 @@ def _download(hub_id: str) -> Path:
             f"model {hub_id!r} is no folder here and could not be had from the Hugging Face hub ({reason}); "
             f"offline, put {LAYOUT} into a folder and give its path"
         ) from error
-
-
-def resolve_device(name: str | None) -> torch.device:
-    """The device of that name; None for CUDA where there is one, else the CPU.
-
-    Raises:
-        UserError: for a name torch doesn't know, and for CUDA where there is none.
-    """
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"device={name!r} is no device; use cpu, cuda, cuda:1 or mps") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device={name!r} is not there: {torch.cuda.device_count()} CUDA devices found; use cpu")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError(f"device={name!r} is not there: no Metal device found; use cpu")
-    return device
 
 
 def save_model(
@@ -171,16 +152,18 @@ def _move_into_place(staging: Path, folder: Path) -> None:
         file.replace(target)
 
 
-def load_model(folder: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
+def load_model(folder: str | Path, device: str | torch.device | None = "cpu") -> Checkpoint:
     """Read a model's folder; weights become float32, the modules are in evaluation mode.
 
     Args:
         folder: "box", a folder or a hub id; see `resolve`.
-        device: Where the model and its tokenizer go.
+        device: Where the model and its tokenizer go; None for CUDA where there is one.
 
     Raises:
-        UserError: for a missing, cut-short or mixed-up folder, another format version, or another tokenizer.
+        UserError: for a missing, cut-short or mixed-up folder, another format version, another tokenizer, or a
+            device that is not there.
     """
+    device = resolve_device(device)
     folder = resolve(folder)
     config = read_config(folder)
     for name in FILES:
@@ -214,7 +197,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: when it is missing, not JSON, not a hybridlm model's, or of another version.
     """
-    config = _read_json(folder / "config.json")
+    config = _read_own_config(folder)
     if config.get("format") != "hybridlm":
         raise UserError(f"{folder / 'config.json'} is not of a hybridlm model; give a folder with {LAYOUT}")
     if config.get("format_version") != FORMAT_VERSION:
@@ -231,16 +214,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{str(path.parent)!r} is no model folder: it lacks {path.name}; expected {LAYOUT}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); it is damaged, copy the folder again") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path} must hold a JSON object")
-    return config
+def _read_own_config(folder: Path) -> dict[str, Any]:
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{str(folder)!r} is no model folder: it lacks config.json; it must hold {LAYOUT}")
+    return read_json(folder / "config.json")
 
 
 def _read_weights(path: Path) -> tuple[dict[str, Tensor], str | None]:
@@ -275,13 +252,13 @@ def describe(name_or_dir: str | Path) -> dict[str, Any]:
         card (Markdown); for a tokenizer its configuration.
     """
     folder = resolve(name_or_dir)
-    config = _read_json(folder / "config.json")
+    config = _read_own_config(folder)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     facts: dict[str, Any] = {"name": str(name_or_dir), "folder": str(folder), "size_mb": round(size / 1e6, 2)}
     if "type" in config and "format" not in config:
         return {**facts, "type": f"tokenizer ({config['type']})", "config": config}
     config = read_config(folder)
-    tokenizer = _read_json(folder / "tokenizer" / "config.json")
+    tokenizer = read_json(folder / "tokenizer" / "config.json")
     card = folder / "README.md"
     return {
         **facts,

@@ -107,8 +107,8 @@ def generate(
     ),
 ) -> None:
     """Make audio from text, from tags, from a recording to continue, or from nothing."""
-    from hybridlm.checkpoint import resolve_device
     from sampling.files import run
+    from tokenizer.loading import resolve_device
 
     run(
         model=model,

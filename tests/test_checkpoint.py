@@ -11,11 +11,12 @@ import pytest
 import torch
 
 import hybridlm.checkpoint as checkpoint
-from hybridlm.checkpoint import describe, load_codec, load_model, resolve, resolve_device, save_model
+from hybridlm.checkpoint import describe, load_codec, load_model, resolve, save_model
 from tests.support.saved_model import save_tiny_model
 from tests.support.tiny_audio_model import TAGS, tiny_model, tiny_text, tiny_tokenizer
 from tokenizer.errors import UserError
 from tokenizer.f3 import F3Tokenizer
+from tokenizer.loading import resolve_device
 
 
 @pytest.fixture
@@ -126,8 +127,8 @@ def test_another_version_is_told(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "not valid JSON"),
-        ("[]", "JSON object"),
+        ("{", "not readable JSON"),
+        ("[]", "must hold a JSON object"),
         ("{}", "not of a hybridlm model"),
         ('{"format": "hybridlm", "format_version": 1}', "lacks a valid 'model'"),
     ],
@@ -180,11 +181,13 @@ def test_a_hub_id_is_fetched(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert resolve("someone/model") == folder
 
 
-def test_devices_that_are_not_there_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_devices_that_are_not_there_are_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert resolve_device(None) == resolve_device("cpu") == torch.device("cpu")
-    with pytest.raises(UserError, match="device='cuda' is not there: 0 CUDA devices found; use cpu"):
+    with pytest.raises(UserError, match="device='cuda' asked for, but this machine has no usable CUDA device; use cpu"):
         resolve_device("cuda")
+    with pytest.raises(UserError, match="device='cuda' asked for"):
+        load_model(folder, "cuda")
     with pytest.raises(UserError, match="device='gpu' is no device"):
         resolve_device("gpu")

@@ -41,7 +41,7 @@ def load_tokenizer(name_or_dir: str | Path, device: str | torch.device = "cpu") 
         UserError: no such folder or name, no or broken `config.json`, an unknown type, another format version, missing
             or truncated weights, a device that is not there.
     """
-    device = _device(device)
+    device = resolve_device(device)
     if str(name_or_dir) in PRETRAINED:
         from tokenizer.encodec import EncodecConfig, EncodecTokenizer
 
@@ -51,7 +51,7 @@ def load_tokenizer(name_or_dir: str | Path, device: str | torch.device = "cpu") 
     if not folder.is_dir():
         names = " or ".join(f"'{name}'" for name in PRETRAINED)
         raise UserError(f"tokenizer '{name_or_dir}' is not a folder; give a folder with {CONFIG_FILE}, or {names}")
-    if not (folder / CONFIG_FILE).is_file() or "type" not in _read_json(folder / CONFIG_FILE):
+    if not (folder / CONFIG_FILE).is_file() or "type" not in read_json(folder / CONFIG_FILE):
         inner = folder / "tokenizer"
         folder = inner if (inner / CONFIG_FILE).is_file() else folder
     kind = read_config(folder)["type"]
@@ -74,7 +74,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise UserError(f"tokenizer folder {folder} has no {CONFIG_FILE}; give the folder that holds it")
-    config = _read_json(path)
+    config = read_json(path)
     kind = config.get("type")
     if kind not in TYPES:
         near = difflib.get_close_matches(str(kind), TYPES, n=1, cutoff=0.0)[0]
@@ -133,7 +133,12 @@ def write_folder(folder: Path, config: Mapping[str, Any], weights: Mapping[str, 
         path.write_text(text, encoding="utf-8")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        UserError: it can't be read, or is something else.
+    """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -143,7 +148,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     return config
 
 
-def _device(device: str | torch.device) -> torch.device:
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """The device of that name; None for CUDA where there is one, else the CPU.
+
+    Raises:
+        UserError: for a name that torch doesn't know, and for a device that is not there.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(device)
     except RuntimeError as error:
@@ -152,4 +164,6 @@ def _device(device: str | torch.device) -> torch.device:
         raise UserError(f"device={str(device)!r} asked for, but this machine has no usable CUDA device; use cpu")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device={str(device)!r}, but there are {torch.cuda.device_count()} CUDA devices; use cuda:0")
+    if found.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"device={str(device)!r} asked for, but this machine has no Metal device; use cpu")
     return found

@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from hybridlm.checkpoint import Checkpoint, load_model, resolve_device
+from hybridlm.checkpoint import Checkpoint, load_model
 from hybridlm.likelihood import ClipNLL, LikelihoodReport, StreamLikelihood, clip_nlls, noise_latents, summarize
 from hybridlm.model import FrameNLL
 from tokenizer.errors import UserError
@@ -97,7 +97,7 @@ def run(
         UserError: a model or data that can't be read, or no clip of that split.
     """
     console = console or Console()
-    found = load_model(model, resolve_device(device))
+    found = load_model(model, device)
     with tempfile.TemporaryDirectory(prefix="hybridlm-evaluate-") as scratch:
         cache = open_data(Path(data), found, Path(scratch), split=split, rules=rules)
         result = evaluate(found, cache, with_text=with_text)
