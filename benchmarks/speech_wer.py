@@ -3,10 +3,11 @@
     python benchmarks/speech_wer.py --sentences text/test.txt --manifest data/manifest.jsonl [--model DIR] [--json FILE]
 
 The model speaks the first `--count` sentences, one seed each; pocketsphinx (its bundled English model) transcribes them
-at 16 kHz. Both texts are normalised alike: NFKC, lower case, "mr", "mrs", "dr" spelled out, hyphens and dashes to
-spaces, everything but letters, digits and apostrophes inside words removed. The rate is the sum of substitutions,
-insertions and deletions over the sum of reference words; its 95 % interval is a bootstrap over sentences. The
-recogniser makes mistakes on real speech too: the second row says how many, on recordings chosen from the manifest.
+at 16 kHz. Both texts are normalised alike: NFKD without accents, lower case, "mr", "mrs", "dr" spelled out, hyphens and
+dashes to spaces, everything but letters, digits and apostrophes inside words removed. The rate is the sum of
+substitutions, insertions and deletions over the sum of reference words; its 95 % interval is a bootstrap over
+sentences. The recogniser makes mistakes on real speech too: the second row says how many, on recordings chosen from the
+manifest.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ class Transcript:
 
 def normalise(text: str) -> str:
     """The form in which references and transcripts are compared; see the top of this file."""
-    text = unicodedata.normalize("NFKC", text).lower().replace("\u2019", "'")
+    text = unicodedata.normalize("NFKD", text).lower().replace("\u2019", "'")
+    text = "".join(character for character in text if not unicodedata.combining(character))
     text = re.sub(r"\(\d+\)", " ", text)  # pocketsphinx marks variants of a pronunciation so
     text = re.sub(r"[^a-z0-9' ]+", " ", text.replace(".", ""))
     words = [word.strip("'") for word in text.split()]
