@@ -17,7 +17,7 @@ RATE = 24_000
 
 
 def write_clips(folder: Path, count: int = 8, *, seconds: float = 0.6) -> Path:
-    """Write `count` tones of growing length, two of three with text, and their manifest; every fourth is of split test."""
+    """Write `count` tones of growing length, two of three with text, and a manifest; every fourth is of split test."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for number in range(count):
