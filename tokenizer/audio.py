@@ -217,7 +217,7 @@ def write_audio(path: Path, waveform: Float[Tensor, "1 S"], sample_rate_hz: int)
         raise ValueError(f"{path}: the waveform has samples that are NaN or infinite")
     container, subtype = _WRITERS[path.suffix.lower()]
     encoded = io.BytesIO()  # in memory first: libsndfile does not tell of a full disk
-    soundfile.write(encoded, samples.clamp(-1.0, 1.0).numpy(), sample_rate_hz, format=container, subtype=subtype)
+    soundfile.write(encoded, samples.numpy(), sample_rate_hz, format=container, subtype=subtype)
     with replacing(path) as temporary:
         temporary.write_bytes(encoded.getbuffer())
 

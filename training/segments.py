@@ -168,7 +168,7 @@ class AudioFiles:
             rows = list(range(batch_size))
             for _ in range(100):
                 drawn = self._draw(len(rows), num_samples, rng)
-                results = self._pool.map(lambda place: self._read(*place, num_samples), drawn)
+                results = self._pool.map(lambda place: self._read(place[0], place[1], num_samples), drawn)
                 failed = []
                 for row, found in zip(rows, results, strict=True):
                     if isinstance(found, UserError):
