@@ -155,7 +155,7 @@ class LanguageTask:
         )
         for number, batch in enumerate(windows, start=skip):
             draws = np.random.default_rng([seed, rank, number]).random(len(batch))
-            yield self.batch(self.train_data, batch, draws < self.config.losses.tag_dropout)
+            yield self.batch(self.train_data, batch, (draws < self.config.losses.tag_dropout).tolist())
 
     def batch(
         self, cache: TokenCache, windows: Sequence[Window], first_tag_alone: Sequence[bool] | None = None
