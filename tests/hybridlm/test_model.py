@@ -242,7 +242,7 @@ def test_one_batch_is_learned_by_heart(variant):
     with torch.no_grad():
         learned = model.eval().nll(prefix, mask, frames, ended=ENDED)
     if model.config.uses_codes:
-        assert learned.codes.sum() / (counted * model.config.output_codebooks) < 0.1
+        assert learned.codes.sum() / (counted * model.config.output_codebooks) < 0.2
         assert learned.correct[learned.mask[:, None].expand_as(learned.correct)].float().mean() > 0.97
     if model.config.predicts_latents:
         assert learned.latents.sum() / counted < -5.0
