@@ -260,9 +260,14 @@ class F3Tokenizer(nn.Module):
         return F3StreamingDecoder(self, batch_size, source)
 
     def fingerprint(self) -> str:
-        """Hash of the configuration and of the weights as they are stored, so the same before and after saving."""
+        """Hash of the configuration, the encoder and the codebooks, as they are stored.
+
+        The decoder does not count: with another one, the same frames only sound different.
+        """
         digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
         for key, tensor in sorted(self.state_dict().items()):
+            if key.startswith("decoder."):
+                continue
             digest.update(key.encode())
             digest.update(tensor.detach().bfloat16().cpu().contiguous().view(torch.int16).numpy().tobytes())
         return digest.hexdigest()[:16]
