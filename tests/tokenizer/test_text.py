@@ -55,8 +55,9 @@ def test_case_and_compatibility_forms_do_not_matter_but_umlauts_do() -> None:
 
 
 def test_digits_are_single() -> None:
-    tokenizer = TextTokenizer.train(["1999 1999 1999 2024 2024 2024"] * 20, vocab_size=400)
-    assert len(tokenizer.encode("1999")) >= 5
+    tokenizer = TextTokenizer.train([f"in {year} the sea shells of {year}" for year in (1999, 2024)] * 30)
+    pieces = [tokenizer.decode([i]) for i in tokenizer.encode("1999 2024")]
+    assert [piece for piece in pieces if piece] == list("19992024")
 
 
 @pytest.mark.parametrize(
