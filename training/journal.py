@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenizer.errors import UserError
 from training.task import Sample
 
 
@@ -64,8 +66,13 @@ class Journal:
         if not self._active:
             return
         clean = {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in figures.items()}
-        self._file.write(json.dumps({"kind": kind, "step": step, **clean}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"kind": kind, "step": step, **clean}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(
+                f"{self._file.name} cannot be written: {error.strerror}; make room and go on with --resume"
+            ) from error
         if self._board is not None:
             for name, value in figures.items():
                 if isinstance(value, (int, float)):
@@ -96,7 +103,8 @@ class Journal:
             return
         if self._progress is not None:
             self._progress.stop()
-        self._file.close()
+        with contextlib.suppress(OSError):  # a full disk: `record` has said so
+            self._file.close()
         if self._board is not None:
             self._board.close()
 

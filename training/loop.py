@@ -21,7 +21,15 @@ from training.background import Interrupts, Prefetch
 from training.config import OptimizerConfig, RunConfig
 from training.journal import Journal, Meter
 from training.optimizer import AveragedWeights, gradient_norm, learning_rate, make_optimizer
-from training.state import Progress, checkpoints, load_checkpoint, load_weights, new_folder, save_checkpoint
+from training.state import (
+    Progress,
+    checkpoints,
+    clear_leftovers,
+    load_checkpoint,
+    load_weights,
+    new_folder,
+    save_checkpoint,
+)
 from training.task import Batch, Task
 
 
@@ -297,6 +305,9 @@ class _Run:
     def _open_output(self, resume: bool) -> list[Path]:
         try:
             self.output.mkdir(parents=True, exist_ok=True)
+            if self.accelerator.is_main_process:
+                clear_leftovers(self.output)
+                clear_leftovers(self.output / "checkpoints")
         except OSError as error:
             raise UserError(f"output={self.output} cannot be made: {error.strerror}; choose another folder") from error
         if not os.access(self.output, os.W_OK):

@@ -80,6 +80,19 @@ def new_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def clear_leftovers(folder: Path) -> None:
+    """Undo what a process that was killed inside `new_folder` left in `folder`."""
+    for retired in folder.glob(".*.retired"):
+        target = folder / retired.name[1 : -len(".retired")]
+        if target.exists():
+            shutil.rmtree(retired)
+        else:
+            retired.rename(target)
+    for temporary in folder.glob(".*.writing"):
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+
+
 def _flush(file: Path) -> None:
     """Rename must not overtake the content on its way to the disk."""
     descriptor = os.open(file, os.O_RDONLY)

@@ -119,6 +119,18 @@ def test_killed_while_saving_leaves_whole_checkpoints(tmp_path: Path) -> None:
             assert torch.all(module.weight == progress.step)
 
 
+def test_what_a_killed_process_left_is_put_in_order(tmp_path: Path) -> None:
+    fit(ToyTask(), settings(tmp_path), {"seed": 0})
+    before = (tmp_path / "best/model.safetensors").read_bytes()
+    (tmp_path / "best").rename(tmp_path / ".best.retired")  # killed between the two renames
+    for half in (tmp_path / ".model.writing", tmp_path / "checkpoints/.step_00000015.writing"):
+        half.mkdir()
+        (half / "model.safetensors").write_bytes(b"half")
+    fit(ToyTask(), settings(tmp_path), {"seed": 0}, resume=True)
+    assert (tmp_path / "best/model.safetensors").read_bytes() == before
+    assert not list(tmp_path.rglob(".*"))
+
+
 def test_a_full_disk_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fit(ToyTask(), settings(tmp_path), {"seed": 0})
     kept = {path: path.read_bytes() for path in (tmp_path / "checkpoints").rglob("*.safetensors")}
