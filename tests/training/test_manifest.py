@@ -139,6 +139,7 @@ def test_first_matching_rule_gives_tags_text_and_weight() -> None:
         TagRule(where={"set": "music"}, tags=("music",), keep_tags=True, text=False),
         TagRule(where={"set": "skipped"}, weight=0.0),
         TagRule(where={"tag": "sound*"}, tags=("sound",)),
+        TagRule(where={"set": "music"}, tags=("never reached",)),
     ]
     clips = [
         clip(labels={"set": "kathleen", "speaker": "Kathleen B"}, split="train", text="hi", tags=("own",)),

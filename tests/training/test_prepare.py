@@ -109,6 +109,15 @@ def test_finished_clips_are_not_redone_and_changed_ones_are(tmp_path: Path) -> N
     assert torch.equal(cache[1].codes, wanted.codes[0])
 
 
+def test_clip_that_went_bad_leaves_the_index(tmp_path: Path) -> None:
+    source = sines(tmp_path / "in", [0.1, 0.2])
+    tokens(source, tmp_path / "out")
+    (tmp_path / "in" / "0.wav").write_text("no audio")
+    tokens(source, tmp_path / "out")
+    cache = TokenCache(tmp_path / "out")
+    assert [cache[i].key for i in range(len(cache))] == ["1.wav"]
+
+
 def test_killed_run_goes_on_and_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     source = sines(tmp_path / "in", [0.1, 0.3, 0.2, 0.4, 0.1])
     tokens(source, tmp_path / "whole")
