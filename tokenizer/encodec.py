@@ -43,7 +43,7 @@ REFLECTED_FRAMES = 6
 """Frames that the reflection at the left edge of the convolutions at the frame rate reaches ahead."""
 SILENT_FRAMES = 8
 """Frames of silence before a recording with `start="silence"`: enough that the reflection sees nothing else."""
-BLOCK_FRAMES = 750
+BLOCK_FRAMES = 300
 """Frames (summed over the batch) that are computed at once."""
 
 

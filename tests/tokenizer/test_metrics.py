@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torchaudio.functional import resample
 
 from tokenizer.errors import UserError
 from tokenizer.metrics import (
@@ -71,6 +72,7 @@ def test_si_sdr() -> None:
     other = other * (centred.norm() / other.norm()) * 0.1
     assert si_sdr(waveform, waveform + other) == pytest.approx(20.0, abs=1e-3)
     assert si_sdr(waveform, -3.0 * (waveform + other)) == pytest.approx(20.0, abs=1e-3)
+    assert si_sdr(waveform + 0.5, waveform + other - 0.2) == pytest.approx(20.0, abs=1e-3)  # offsets don't count
     assert math.isnan(si_sdr(torch.zeros(100), noise(0, 100)))
 
 
@@ -82,6 +84,13 @@ def test_stoi_and_pesq_fall_with_noise() -> None:
     assert figures[0][1] == pytest.approx(4.64, abs=0.01)
     assert figures[0][0] > figures[1][0] > figures[2][0]
     assert figures[0][1] > figures[1][1] > figures[2][1] > 1.0
+
+
+def test_pesq_does_not_depend_on_the_rate() -> None:
+    speech = syllables()
+    noisy = speech + 0.01 * noise(1, len(speech))
+    at_pesq_s_rate = [resample(x, RATE, 16000) for x in (speech, noisy)]
+    assert pesq_wb(speech, noisy, RATE) == pytest.approx(pesq_wb(*at_pesq_s_rate, 16000), abs=1e-3)
 
 
 @pytest.mark.parametrize("waveform", [torch.zeros(RATE), torch.ones(1), noise(0, 1000)], ids=["silence", "1", "1000"])
