@@ -18,7 +18,7 @@ from tests.support.tiny_frames import tiny_config
 from tokenizer.frames import AudioFrames
 
 CENTRES = torch.tensor([[2.0, 2.0], [2.0, -2.0], [-2.0, 2.0], [-2.0, -2.0]])
-NOISE, SIGMA, STAY, LENGTH = 0.3, 0.1, 0.7, 16
+NOISE, SIGMA, STAY, LENGTH = 0.3, 0.1, 0.7, 12
 PREFIX = torch.zeros(1, 1, dtype=torch.int64)
 
 
@@ -42,7 +42,7 @@ def _source(clips, seed):
     return AudioFrames(codes=codes, latents=latents, lengths=torch.full((clips,), LENGTH)), exact
 
 
-def _trained(representation, steps=250):
+def _trained(representation, steps=200):
     torch.manual_seed(0)
     model = HybridLM(
         tiny_config(
@@ -56,14 +56,14 @@ def _trained(representation, steps=250):
             vocab_size=1,
         )
     ).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = 5e-3 * min(1.0, (steps - step) / (0.7 * steps), (step + 1) / 20)
-        frames, _ = _source(48, seed=100 + step)
-        nll = model(PREFIX.expand(48, -1), torch.ones(48, 1, dtype=torch.bool), frames)
+            group["lr"] = 2e-2 * min(1.0, (steps - step) / (0.7 * steps), (step + 1) / 20)
+        frames, _ = _source(32, seed=100 + step)
+        nll = model(PREFIX.expand(32, -1), torch.ones(32, 1, dtype=torch.bool), frames)
         optimizer.zero_grad()
-        (nll.total().sum() / (48 * LENGTH)).backward()
+        (nll.total().sum() / (32 * LENGTH)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     return model.eval()
@@ -99,14 +99,14 @@ def test_a_total_stays_above_the_true_entropy_and_comes_near_it(scored, represen
     excess = [_without_stop(clip) - true for clip, true in zip(result[representation], exact.tolist(), strict=True)]
     interval = bootstrap_ratio(excess, [LENGTH] * len(excess))
     assert interval.high > 0, "below the entropy of the source: no likelihood of the scored latents"
-    assert interval.value < 0.12
+    assert interval.value < 0.05
 
 
 def test_the_total_of_the_hybrid_is_comparable_with_the_continuous_one(scored):
     """Same latents, same unit: on a source that both can learn they agree, where a mere loss would not."""
     result, _ = scored
     difference = paired_difference(result["hybrid"], result["continuous"], _without_stop)
-    assert abs(difference.value) < 0.12
+    assert abs(difference.value) < 0.05
 
 
 def test_the_codes_of_the_hybrid_are_scored_like_those_of_the_discrete_model(scored):

@@ -118,6 +118,9 @@ def test_selected_rows_of_a_cache_go_on_alone():
 def test_attention_written_out_for_training_in_bfloat16_equals_the_kernel(padded):
     torch.manual_seed(0)
     decoder = Decoder(tiny_config()).train()
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)  # attention that matters
     x, positions = torch.randn(2, 9, 32), torch.arange(9).expand(2, -1)
     mask = torch.arange(9) >= torch.tensor([[0], [3]]) if padded else None
     with torch.autocast("cpu", torch.bfloat16):
@@ -126,8 +129,8 @@ def test_attention_written_out_for_training_in_bfloat16_equals_the_kernel(padded
             kernel = decoder(x, positions, key_mask=mask).states.float()
     exact = decoder(x, positions, key_mask=mask).states
     real = torch.ones(2, 9, dtype=torch.bool) if mask is None else mask
-    torch.testing.assert_close(trained[real], kernel[real], rtol=0, atol=0.03)
-    torch.testing.assert_close(trained[real], exact[real], rtol=0, atol=0.05)
+    assert (trained - kernel)[real].abs().mean() < 0.01
+    assert (trained - exact)[real].abs().mean() < 0.01
     trained.sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in decoder.parameters())
 
