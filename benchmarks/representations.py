@@ -1,0 +1,403 @@
+"""Discrete, continuous and hybrid models of the same size, trained on the same batches, scored on the same frames.
+
+    python -m benchmarks.representations [--config benchmarks/representations.yaml] [key=value ...] [--jobs 2]
+        [--markdown FILE] [--json FILE] [--one DOMAIN/VARIANT/SEED]
+
+Every variant of a domain is one training run of one thread in OUTPUT/DOMAIN/VARIANT/seedN. Runs whose `result.json` is
+there are not made again, interrupted ones go on; `--one` makes a single run and no report. Variants share everything
+but the sizes and the representation: data and its order, steps, noise, optimizer, and parameters to within 5 %.
+
+Test clips are scored as `hybridlm evaluate` does: latents z + sigma * eps, eps decided by the clip, and the codes of
+these same latents. So codes of hybrid and discrete models compare, and a hybrid's codes + latents bound the NLL of the
+very latents that a continuous model scores. Differences are paired by clip, in nats a frame and bits a second; below 0
+the first model is the better one. Intervals: 95 % by bootstrap over clips, each clip averaged over the seeds; in the
+second interval the seeds are drawn too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.representations_report import compare, markdown
+from hybridlm.checkpoint import load_model
+from hybridlm.config import ModelConfig
+from hybridlm.model import HybridLM
+from tokenizer.errors import UserError
+from tokenizer.files import replacing
+from tokenizer.settings import from_mapping
+from tokenizer.text import TextTokenizer
+from training.config import OptimizerConfig, apply_overrides, changed_keys, read_yaml
+from training.corpus import CachedClip, TokenCache, Window
+from training.evaluate import score_clips
+from training.examples import GOES_ON
+from training.loop import autocast_dtype
+from training.manifest import TagRule
+from training.run import train_mapping
+from training.state import checkpoints
+
+HERE = Path(__file__).resolve().parent
+TOLERANCE = 0.05
+"""Largest relative difference of two variants' parameters."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DomainConfig:
+    """One kind of audio; its models hear nothing else."""
+
+    caches: tuple[str, ...]
+    """Made by `hybridlm prepare`; split `train` is trained on."""
+    test_caches: tuple[str, ...] = ()
+    """Where split `test` is; none: the same caches."""
+    rules: tuple[TagRule, ...] = ()
+    """Which clips, as in training. Give them no tags and no text, for models of audio alone."""
+    about: str = ""
+    """What the recordings are, for the report."""
+
+    def __post_init__(self) -> None:
+        if any(rule.text or rule.tags or rule.keep_tags for rule in self.rules) or not self.rules:
+            raise ValueError("rules must be given, with text: false and no tags: the models compared hear audio alone")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Study:
+    """What is compared; see benchmarks/representations.yaml."""
+
+    output: str
+    tokenizer: str
+    """Name or folder of what made the caches."""
+    domains: dict[str, DomainConfig]
+    variants: dict[str, dict[str, Any]]
+    """Fields of `ModelConfig` by the variant's name, such as representation and ffn_dim."""
+    model: dict[str, Any]
+    """Fields that all variants share."""
+    steps: int
+    seeds: int = 3
+    batch_frames: int = 2000
+    max_frames: int = 250
+    """Longest window, in training and in the test."""
+    test_seconds: float = 60.0
+    """Of each test clip its beginning is scored, at most this much."""
+    validation_fraction: float = 0.02
+    validation_frames: int = 5000
+    validate_every: int = 200
+    precision: str = "auto"
+    ema_decay: float = 0.99
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    losses: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "seeds", "batch_frames", "max_frames"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not self.domains or not self.variants:
+            raise ValueError("domains and variants must each name at least one")
+
+
+class Job(NamedTuple):
+    """One run."""
+
+    domain: str
+    variant: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.domain}/{self.variant}/{self.seed}"
+
+
+class Beginnings(TokenCache):
+    """Clips cut after `max_frames`; noise drawn for a part is that of the whole clip's beginning."""
+
+    max_frames = 1
+
+    def __getitem__(self, clip: int) -> CachedClip:
+        found = self.read(Window(clip, 0, min(self.max_frames, self.num_frames(clip))))
+        if self.num_frames(clip) > self.max_frames:
+            found.labels[GOES_ON] = "true"
+        return found
+
+
+# What is run
+
+
+def folder_of(study: Study, job: Job) -> Path:
+    return Path(study.output) / job.domain / job.variant / f"seed{job.seed}"
+
+
+def model_settings(study: Study, variant: str) -> dict[str, Any]:
+    return {**study.model, "max_frames": study.max_frames, **study.variants[variant]}
+
+
+def settings_of(study: Study, job: Job) -> dict[str, Any]:
+    """The training run's settings."""
+    domain = study.domains[job.domain]
+    return {
+        "task": "language",
+        "output": str(folder_of(study, job)),
+        "seed": job.seed,
+        "max_steps": study.steps,
+        "device": "cpu",
+        "precision": study.precision,
+        "threads": 1,
+        "ema_decay": study.ema_decay,
+        "optimizer": _plain(asdict(study.optimizer)),
+        "validate_every": study.validate_every,
+        "checkpoint_every": 200,
+        "keep_checkpoints": 1,
+        "tensorboard": False,
+        "language": {
+            "tokenizer": study.tokenizer,
+            "data": {
+                "caches": list(domain.caches),
+                "rules": _plain([asdict(rule) for rule in domain.rules]),
+                "validation_fraction": study.validation_fraction,
+                "validation_frames": study.validation_frames,
+                "batch_frames": study.batch_frames,
+                "max_frames": study.max_frames,
+            },
+            "text": {"model": str(Path(study.output) / "text.model")},
+            "model": model_settings(study, job.variant),
+            "losses": study.losses,
+        },
+    }
+
+
+def scoring_settings(study: Study, domain: str) -> dict[str, Any]:
+    config = study.domains[domain]
+    return {"caches": list(config.test_caches or config.caches), "seconds": study.test_seconds}
+
+
+def prepare_output(study: Study) -> TextTokenizer:
+    """The pieces of the empty prefix: the same for all runs, learned once."""
+    path = Path(study.output) / "text.model"
+    return TextTokenizer.load(path) if path.is_file() else TextTokenizer.train(["a"], path)
+
+
+def check_sizes(study: Study, domain: str) -> dict[str, int]:
+    """Parameters by variant.
+
+    Raises:
+        UserError: when two variants differ by more than 5 %.
+    """
+    vocab_size = prepare_output(study).vocab_size
+    cache = TokenCache([Path(folder) for folder in study.domains[domain].caches], rules=study.domains[domain].rules)
+    derived = {name: getattr(cache, name) for name in ("num_codebooks", "codebook_size", "latent_dim", "feature_dim")}
+    derived |= {"vocab_size": vocab_size, "frame_rate_hz": cache.frame_rate_hz}
+    counts = {}
+    for variant in study.variants:
+        config = from_mapping(ModelConfig, {**model_settings(study, variant), **derived}, where=f"variants.{variant}")
+        counts[variant] = HybridLM(config).num_parameters()
+    if max(counts.values()) > (1 + TOLERANCE) * min(counts.values()):
+        raise UserError(f"parameters {counts} must agree within {TOLERANCE:.0%}; change the variants' ffn_dim")
+    return counts
+
+
+def run_one(study: Study, job: Job) -> dict[str, Any] | None:
+    """Train and score one model, unless that is done; None when it was interrupted.
+
+    Raises:
+        UserError: the run's folder holds a result of other settings; or what training says.
+    """
+    torch.set_num_threads(1)
+    folder, settings = folder_of(study, job), settings_of(study, job)
+    about = {"training": settings, "test": scoring_settings(study, job.domain)}
+    if (done := read_result(study, job)) is not None:
+        return done
+    prepare_output(study)
+    if not train_mapping(settings, str(job), resume=True).finished:
+        return None
+    found = load_model(folder / "model")
+    tests = Beginnings(
+        [Path(cache) for cache in about["test"]["caches"]],
+        tokenizer=found.tokenizer,
+        split="test",
+        rules=study.domains[job.domain].rules,
+    )
+    tests.max_frames = max(1, round(study.test_seconds * tests.frame_rate_hz))
+    started = time.perf_counter()
+    clips = [asdict(clip) for clip in score_clips(found, tests, window_frames=study.max_frames, with_text=False)]
+    state = json.loads((checkpoints(folder)[-1] / "state.json").read_text(encoding="utf-8"))
+    result = {
+        **about,
+        "parameters": found.model.num_parameters(),
+        "frame_rate_hz": tests.frame_rate_hz,
+        "representation": found.model.config.representation,
+        "sigma": found.model.config.sigma,
+        "scale_floor": found.model.config.scale_floor,
+        "steps": state["progress"]["step"],
+        "skipped_steps": state["progress"]["bad_steps"],
+        "frames_trained": frames_trained(study, job),
+        "training_seconds": state["progress"]["seconds"],
+        "test_wall_seconds": time.perf_counter() - started,
+        "tokenizer": tests.tokenizer,
+        "machine": machine(study),
+        "clips": clips,
+    }
+    _write(folder / "result.json", json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def read_result(study: Study, job: Job) -> dict[str, Any] | None:
+    """A finished run's result, if it is there.
+
+    Raises:
+        UserError: it was made with other settings.
+    """
+    path = folder_of(study, job) / "result.json"
+    if not path.is_file():
+        return None
+    result = json.loads(path.read_text(encoding="utf-8"))
+    for part, now in (("training", settings_of(study, job)), ("test", scoring_settings(study, job.domain))):
+        if changed := changed_keys(result[part], _plain(now)):
+            raise UserError(f"{path} was made with other settings ({', '.join(changed)}); choose another output")
+    return result
+
+
+def frames_trained(study: Study, job: Job) -> int:
+    """Frames in the batches of the run, padding not counted: a matter of the seed, not of the variant."""
+    domain = study.domains[job.domain]
+    cache = TokenCache(
+        [Path(folder) for folder in domain.caches],
+        split="train",
+        validation_fraction=study.validation_fraction,
+        rules=domain.rules,
+    )
+    batches = cache.batches(seed=job.seed, batch_frames=study.batch_frames, max_frames=study.max_frames)
+    return sum(window.frames for batch in itertools.islice(batches, study.steps) for window in batch)
+
+
+def run_all(study: Study, jobs: Sequence[Job], processes: int, arguments: Sequence[str]) -> None:
+    """Make the runs that are missing, `processes` at a time.
+
+    Raises:
+        UserError: a run failed; those under way are finished first.
+        KeyboardInterrupt: after all runs under way have saved their state.
+    """
+    waiting = [job for job in jobs if read_result(study, job) is None]
+    if processes == 1:
+        for job in waiting:
+            if run_one(study, job) is None:
+                raise KeyboardInterrupt
+        return
+    found = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": found}
+    running: dict[Job, subprocess.Popen[bytes]] = {}
+    failed: list[Job] = []
+    try:
+        while running or (waiting and not failed):
+            while waiting and not failed and len(running) < processes:
+                job = waiting.pop(0)
+                log = folder_of(study, job) / "output.txt"
+                log.parent.mkdir(parents=True, exist_ok=True)
+                command = [sys.executable, "-m", "benchmarks.representations", *arguments, "--one", str(job)]
+                with log.open("ab") as output:
+                    running[job] = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+                print(f"{job} started ({len(waiting)} waiting), log {log}", file=sys.stderr, flush=True)
+            time.sleep(0.2)
+            for job in [job for job, process in running.items() if process.poll() is not None]:
+                code = running.pop(job).returncode
+                failed += [job] if code else []
+                print(f"{job} {'failed' if code else 'done'}", file=sys.stderr, flush=True)
+    finally:
+        for process in running.values():
+            process.send_signal(signal.SIGINT)
+        for process in running.values():
+            process.wait()
+    if failed:
+        log = folder_of(study, failed[0]) / "output.txt"
+        last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+        raise UserError(f"{failed[0]} failed: {' '.join(last) or 'no message'}; see {log}")
+
+
+def machine(study: Study) -> str:
+    """Processor, precision and PyTorch."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    precision = "bf16 autocast" if autocast_dtype(study.precision, torch.device("cpu")) else "fp32"
+    processor = model or platform.processor() or platform.machine()
+    return f"{processor}, one thread a run, {precision}, torch {torch.__version__}"
+
+
+def conditions(study: Study, command: str) -> list[str]:
+    """What the report says of the runs before its tables."""
+    return [
+        f"`{command}`",
+        f"{study.seeds} seeds, {study.steps} steps of at most {study.batch_frames} frames, windows of at most "
+        f"{study.max_frames} frames, peak learning rate {study.optimizer.learning_rate:g} for all. Of each test clip "
+        f"the first {study.test_seconds:g} s are scored.",
+    ]
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+def _write(path: Path, content: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(content, encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=HERE / "representations.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as seeds=1 steps=50")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
+    parser.add_argument("--one", help="DOMAIN/VARIANT/SEED: only this run")
+    parser.add_argument("--markdown", type=Path, default=HERE / "results" / "representations.md")
+    parser.add_argument("--json", type=Path, default=HERE / "results" / "representations.json")
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = parser.parse_intermixed_args(given)
+    if options.jobs < 1:
+        parser.error(f"--jobs={options.jobs} must be at least 1")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        mapping = apply_overrides(read_yaml(options.config), options.overrides)
+        study = from_mapping(Study, mapping, where=str(options.config))
+        seeds, names = range(study.seeds), [(d, v) for d in study.domains for v in study.variants]
+        jobs = [Job(domain, variant, seed) for seed in seeds for domain, variant in names]
+        if options.one:
+            named = {str(job): job for job in jobs}
+            if options.one not in named:
+                raise UserError(f"--one {options.one} is none of {', '.join(named)}")
+            return 0 if run_one(study, named[options.one]) is not None else 130
+        for domain in study.domains:
+            for variant, count in check_sizes(study, domain).items():
+                print(f"{domain} {variant}: {count:,} parameters", file=sys.stderr, flush=True)
+        run_all(study, jobs, options.jobs, ["--config", str(options.config), *options.overrides])
+        figures = {}
+        for domain in study.domains:
+            found = {v: [read_result(study, Job(domain, v, seed)) for seed in seeds] for v in study.variants}
+            figures[domain] = compare({v: [r for r in results if r is not None] for v, results in found.items()})
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    command = shlex.join(["python", "-m", "benchmarks.representations", *given])
+    report = markdown(
+        figures, {name: domain.about for name, domain in study.domains.items()}, conditions(study, command)
+    )
+    print(report)
+    _write(options.markdown, report)
+    _write(options.json, json.dumps({"command": command, "study": asdict(study), "domains": figures}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
