@@ -19,14 +19,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tokenizer.bottleneck import normalize_channels
 from tokenizer.errors import UserError
-from tokenizer.files import replacing
 from tokenizer.frames import AudioFrames, Source
 from tokenizer.layers import ConvNeXtStack
+from tokenizer.loading import read_config, read_weights, write_folder
 from tokenizer.mel import mel_filterbank
 from tokenizer.quantizer import ResidualQuantizer
 from tokenizer.settings import from_mapping
@@ -274,34 +273,25 @@ class F3Tokenizer(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write `config.json` and `model.safetensors` (bfloat16)."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = {key: tensor.detach().bfloat16().cpu().contiguous() for key, tensor in self.state_dict().items()}
-        with replacing(folder / "model.safetensors") as path:
-            save_file(weights, path)
-        config = {"type": self.name, "format_version": 1, **asdict(self.config)}
-        with replacing(folder / "config.json") as path:
-            path.write_text(json.dumps(config, indent=2) + "\n")
+        weights = {key: tensor.bfloat16() for key, tensor in self.state_dict().items()}
+        write_folder(Path(folder), {"type": self.name, **asdict(self.config)}, weights)
 
     @classmethod
     def load(cls, folder: Path) -> F3Tokenizer:
         """Read what `save` wrote, to float32.
 
         Raises:
-            UserError: for an unknown setting or weights that do not fit the configuration.
+            UserError: for an unknown setting, missing or damaged weights, or ones that do not fit the configuration.
         """
         folder = Path(folder)
-        settings = json.loads((folder / "config.json").read_text())
-        settings = {key: value for key, value in settings.items() if key not in ("type", "format_version")}
+        settings = {k: v for k, v in read_config(folder).items() if k not in ("type", "format_version")}
         tokenizer = cls(from_mapping(F3Config, settings, where=str(folder / "config.json")))
-        weights = {key: tensor.float() for key, tensor in load_file(folder / "model.safetensors").items()}
+        weights = {key: tensor.float() for key, tensor in read_weights(folder / "model.safetensors").items()}
         try:
             tokenizer.load_state_dict(weights)
         except RuntimeError as error:
             reason = str(error).splitlines()[1].strip()
-            raise UserError(
-                f"{folder / 'model.safetensors'} does not fit {folder / 'config.json'}: {reason}"
-            ) from error
+            raise UserError(f"{folder}: model.safetensors does not fit config.json: {reason}") from error
         return tokenizer.eval()
 
 

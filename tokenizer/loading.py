@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -61,7 +61,6 @@ def load_tokenizer(name_or_dir: str | Path, device: str | torch.device = "cpu") 
         return EncodecTokenizer.load(folder).to(device)
     from tokenizer.f3 import F3Tokenizer
 
-    read_weights(folder / WEIGHTS_FILE, keys_only=True)
     return F3Tokenizer.load(folder).to(device)
 
 
@@ -89,12 +88,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def read_weights(path: Path, *, keys_only: bool = False) -> dict[str, Tensor]:
+def read_weights(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file onto the CPU.
 
     Args:
         path: The file.
-        keys_only: Check the file and return no tensors.
 
     Raises:
         UserError: there is no such file, or it is cut short or not safetensors.
@@ -102,9 +100,6 @@ def read_weights(path: Path, *, keys_only: bool = False) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"weights {path} are missing; copy or save the folder again")
     try:
-        if keys_only:
-            with safe_open(path, framework="pt"):
-                return {}
         return load_file(path)
     except (SafetensorError, OSError) as error:
         reason = str(error).splitlines()[0]
