@@ -139,6 +139,7 @@ def _move_into_place(staging: Path, folder: Path) -> None:
     """Rename the files one by one, `config.json` last: a folder cut off in between is told from a whole one."""
     for file in staging.rglob("*"):
         if file.is_file():
+            file.chmod(0o644)  # safetensors lets no one but the owner read
             with file.open("r+b") as handle:
                 os.fsync(handle.fileno())
     with suppress(OSError):  # a name that is free takes the whole folder in one step

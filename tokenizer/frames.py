@@ -29,6 +29,7 @@ class AudioFrames:
     """Input and understanding only; optional."""
 
 
+@runtime_checkable
 class StreamingEncoder(Protocol):
     """Takes audio in pieces of any size; its outputs, joined, equal `encode` of the joined pieces."""
 
@@ -41,6 +42,7 @@ class StreamingEncoder(Protocol):
         ...
 
 
+@runtime_checkable
 class StreamingDecoder(Protocol):
     """Takes codes (B, K, T) or latents (B, T, D) in pieces; its outputs, joined, equal the offline decoding."""
 

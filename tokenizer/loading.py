@@ -122,6 +122,7 @@ def write_folder(folder: Path, config: Mapping[str, Any], weights: Mapping[str, 
     with replacing(folder / WEIGHTS_FILE) as path:
         try:
             save_file(tensors, path)
+            path.chmod(0o644)  # safetensors lets no one but the owner read
         except SafetensorError as error:  # it hides the system's error, such as a full disk
             raise OSError(str(error)) from error
     with replacing(folder / CONFIG_FILE) as path:

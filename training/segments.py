@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,7 @@ from training.index import ClipIndex
 from training.manifest import Clip, TagRule
 
 
+@runtime_checkable
 class SegmentSource(Protocol):
     """Audio from which training of a tokenizer draws random segments."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -26,6 +26,7 @@ class Sample:
     sample_rate_hz: int
 
 
+@runtime_checkable
 class Task(Protocol):
     """One kind of training (a tokenizer, a language model).
 

@@ -3,8 +3,9 @@ import dataclasses
 import pytest
 import torch
 
+from hybridlm.alignment import alignment_loss
 from hybridlm.fusion import history_noise
-from hybridlm.model import HybridLM, alignment_loss, drop_conditions
+from hybridlm.model import HybridLM, drop_conditions
 from tests.support.tiny_frames import (
     LENGTHS,
     PREFIX_LENGTHS,

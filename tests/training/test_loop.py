@@ -58,6 +58,7 @@ def test_a_turn_updates_its_module_alone(tmp_path: Path) -> None:
     fit(task, settings(tmp_path, max_steps=1), {})  # step 0 is the model's alone, although its loss uses the critic
     assert torch.equal(before, task.discriminator.weight)
     assert task.discriminator.calls == 0
+    assert task.discriminator.weight.grad is None  # nor may it reach the critic's own turn later
 
 
 def test_accumulated_micro_batches_equal_one_large_batch(tmp_path: Path) -> None:
@@ -79,6 +80,9 @@ def test_accumulated_micro_batches_equal_one_large_batch(tmp_path: Path) -> None
     fit(small, settings(tmp_path / "a", accumulate=2), {})
     fit(large, settings(tmp_path / "b"), {})
     torch.testing.assert_close(small.model[0].weight, large.model[0].weight)
+    # AdamW hides the gradients' scale; their norm shows it.
+    norms = [[record["model_grad_norm"] for record in lines(tmp_path / name, "train")] for name in "ab"]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 
 def test_gradients_are_clipped_and_their_norm_logged(tmp_path: Path) -> None:
