@@ -17,6 +17,7 @@ from accelerate.utils import broadcast, send_to_device
 from torch import Tensor
 
 from tokenizer.errors import UserError
+from training.allocator import keep_freed_memory
 from training.background import Interrupts, Prefetch
 from training.config import OptimizerConfig, RunConfig
 from training.journal import Journal, Meter
@@ -64,7 +65,10 @@ def fit(task: Task, config: RunConfig, resolved: Mapping[str, Any], *, resume: b
         torch.set_num_threads(config.threads)
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda, but this machine has no CUDA device that PyTorch can use; set device=cpu")
-    run = _Run(task, config, resolved, Accelerator(cpu=config.device == "cpu"), resume)
+    accelerator = Accelerator(cpu=config.device == "cpu")
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
+    run = _Run(task, config, resolved, accelerator, resume)
     try:
         return run.train()
     finally:

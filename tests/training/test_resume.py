@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -82,41 +81,44 @@ def test_resumed_after_a_crash_goes_back_to_the_last_checkpoint(tmp_path: Path) 
 
 
 SAVER = """
-import sys
-import torch
-from training.optimizer import make_optimizer, AveragedWeights
-from training.config import OptimizerConfig
-from training.state import Progress, save_checkpoint
+import os, signal, sys
 from pathlib import Path
-module = torch.nn.Linear(1500, 1500)
-optimizer = make_optimizer(module, OptimizerConfig())
-ema = AveragedWeights(module, 0.9)
-step = 0
-while True:
-    step += 1
+import torch
+import training.state
+from training.config import OptimizerConfig
+from training.optimizer import AveragedWeights, make_optimizer
+from training.state import Progress, save_checkpoint
+
+module = torch.nn.Linear(8, 8)
+optimizer, ema = make_optimizer(module, OptimizerConfig()), AveragedWeights(module, 0.9)
+for step in (1, 2):
     torch.nn.init.constant_(module.weight, step)
-    save_checkpoint(Path(sys.argv[1]), Progress(step=step), {"model": module}, {"model": optimizer}, ema, {}, 2)
-    print(step, flush=True)
+    if step == 2:  # die at the n-th call of the given function
+        owner = {"save_file": training.state, "rename": Path}[sys.argv[2]]
+        original, calls = getattr(owner, sys.argv[2]), []
+        def deadly(*inputs, **settings):
+            calls.append(1)
+            if len(calls) == int(sys.argv[3]):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*inputs, **settings)
+        setattr(owner, sys.argv[2], deadly)
+    save_checkpoint(Path(sys.argv[1]), Progress(step=step), {"model": module}, {"model": optimizer}, ema, {}, 1)
 """
 
 
-def test_killed_while_saving_leaves_whole_checkpoints(tmp_path: Path) -> None:
-    for round_number in range(2):
-        process = subprocess.Popen(
-            [sys.executable, "-c", SAVER, str(tmp_path)], stdout=subprocess.PIPE, cwd=ROOT, text=True
-        )
-        assert process.stdout is not None
-        assert process.stdout.readline()
-        time.sleep(0.013 * (1 + round_number))  # into the midst of a later save
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        module = torch.nn.Linear(1500, 1500)
-        optimizers = {"model": torch.optim.AdamW(module.parameters())}
-        found = checkpoints(tmp_path)
-        assert found
-        for folder in found:
-            progress, _ = training.state.load_checkpoint(folder, {"model": module}, optimizers, None, {})
-            assert torch.all(module.weight == progress.step)
+@pytest.mark.parametrize(("function", "call", "step"), [("save_file", 2, 1), ("rename", 1, 1), ("rename", 2, 2)])
+def test_killed_while_saving_leaves_whole_checkpoints(tmp_path: Path, function: str, call: int, step: int) -> None:
+    command = [sys.executable, "-c", SAVER, str(tmp_path), function, str(call)]
+    process = subprocess.run(command, cwd=ROOT, check=False)
+    # A checkpoint appears by one rename, so there is no second one at which to die.
+    assert process.returncode == (-signal.SIGKILL if step == 1 else 0)
+    found = checkpoints(tmp_path)
+    assert [folder.name for folder in found] == [f"step_0000000{step}"]
+    module = torch.nn.Linear(8, 8)
+    optimizers = {"model": torch.optim.AdamW(module.parameters())}
+    progress, _ = training.state.load_checkpoint(found[0], {"model": module}, optimizers, None, {})
+    assert progress.step == step
+    assert torch.all(module.weight == step)
 
 
 def test_what_a_killed_process_left_is_put_in_order(tmp_path: Path) -> None:
