@@ -9,9 +9,7 @@ but the sizes and the representation: data and its order, steps, noise, optimize
 
 Test clips are scored as `hybridlm evaluate` does: latents z + sigma * eps, eps decided by the clip, and the codes of
 these same latents. So codes of hybrid and discrete models compare, and a hybrid's codes + latents bound the NLL of the
-very latents that a continuous model scores. Differences are paired by clip, in nats a frame and bits a second; below 0
-the first model is the better one. Intervals: 95 % by bootstrap over clips, each clip averaged over the seeds; in the
-second interval the seeds are drawn too.
+very latents that a continuous model scores. Differences are paired by clip; below 0 the first model is the better one.
 """
 
 from __future__ import annotations
@@ -20,7 +18,6 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import shlex
 import signal
 import subprocess
@@ -29,11 +26,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
-from benchmarks.representations_report import compare, markdown
+from benchmarks.representations_report import compare, machine, markdown
 from hybridlm.checkpoint import load_model
 from hybridlm.config import ModelConfig
 from hybridlm.model import HybridLM
@@ -45,7 +42,6 @@ from training.config import OptimizerConfig, apply_overrides, changed_keys, read
 from training.corpus import CachedClip, TokenCache, Window
 from training.evaluate import score_clips
 from training.examples import GOES_ON
-from training.loop import autocast_dtype
 from training.manifest import TagRule
 from training.run import train_mapping
 from training.state import checkpoints
@@ -90,8 +86,10 @@ class Study:
     batch_frames: int = 2000
     max_frames: int = 250
     """Longest window, in training and in the test."""
+    score: Literal["test", "validation"] = "test"
+    """Split of the figures; settings are chosen on `validation`, the part of the training split that is held back."""
     test_seconds: float = 60.0
-    """Of each test clip its beginning is scored, at most this much."""
+    """Of each clip its beginning is scored, at most this much."""
     validation_fraction: float = 0.02
     validation_frames: int = 5000
     validate_every: int = 200
@@ -178,7 +176,14 @@ def settings_of(study: Study, job: Job) -> dict[str, Any]:
 
 def scoring_settings(study: Study, domain: str) -> dict[str, Any]:
     config = study.domains[domain]
-    return {"caches": list(config.test_caches or config.caches), "seconds": study.test_seconds}
+    caches = config.test_caches if study.score == "test" and config.test_caches else config.caches
+    fraction = study.validation_fraction if study.score == "validation" else 0.0
+    return {
+        "caches": list(caches),
+        "split": study.score,
+        "validation_fraction": fraction,
+        "seconds": study.test_seconds,
+    }
 
 
 def prepare_output(study: Study) -> TextTokenizer:
@@ -224,7 +229,8 @@ def run_one(study: Study, job: Job) -> dict[str, Any] | None:
     tests = Beginnings(
         [Path(cache) for cache in about["test"]["caches"]],
         tokenizer=found.tokenizer,
-        split="test",
+        split=study.score,
+        validation_fraction=about["test"]["validation_fraction"],
         rules=study.domains[job.domain].rules,
     )
     tests.max_frames = max(1, round(study.test_seconds * tests.frame_rate_hz))
@@ -244,7 +250,7 @@ def run_one(study: Study, job: Job) -> dict[str, Any] | None:
         "training_seconds": state["progress"]["seconds"],
         "test_wall_seconds": time.perf_counter() - started,
         "tokenizer": tests.tokenizer,
-        "machine": machine(study),
+        "machine": machine(study.precision),
         "clips": clips,
     }
     _write(folder / "result.json", json.dumps(result, indent=1) + "\n")
@@ -289,9 +295,8 @@ def run_all(study: Study, jobs: Sequence[Job], processes: int, arguments: Sequen
     """
     waiting = [job for job in jobs if read_result(study, job) is None]
     if processes == 1:
-        for job in waiting:
-            if run_one(study, job) is None:
-                raise KeyboardInterrupt
+        if any(run_one(study, job) is None for job in waiting):
+            raise KeyboardInterrupt
         return
     found = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": found}
@@ -323,23 +328,13 @@ def run_all(study: Study, jobs: Sequence[Job], processes: int, arguments: Sequen
         raise UserError(f"{failed[0]} failed: {' '.join(last) or 'no message'}; see {log}")
 
 
-def machine(study: Study) -> str:
-    """Processor, precision and PyTorch."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-    precision = "bf16 autocast" if autocast_dtype(study.precision, torch.device("cpu")) else "fp32"
-    processor = model or platform.processor() or platform.machine()
-    return f"{processor}, one thread a run, {precision}, torch {torch.__version__}"
-
-
 def conditions(study: Study, command: str) -> list[str]:
     """What the report says of the runs before its tables."""
     return [
         f"`{command}`",
         f"{study.seeds} seeds, {study.steps} steps of at most {study.batch_frames} frames, windows of at most "
-        f"{study.max_frames} frames, peak learning rate {study.optimizer.learning_rate:g} for all. Of each test clip "
-        f"the first {study.test_seconds:g} s are scored.",
+        f"{study.max_frames} frames, peak learning rate {study.optimizer.learning_rate:g} for all. Of each clip "
+        f"of split {study.score} the first {study.test_seconds:g} s are scored.",
     ]
 
 

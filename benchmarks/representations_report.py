@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from hybridlm.likelihood import ClipNLL, bits_per_second, bootstrap_ratio
 from tokenizer.errors import UserError
+from training.loop import autocast_dtype
 
 RESAMPLES = 2000
 
@@ -171,6 +174,16 @@ def markdown(figures: Mapping[str, dict[str, Any]], about: Mapping[str, str], co
             cells += [f"[{low:.3f}, {high:.3f}]", each, _cell(row, 1, rate), "yes" if row["excludes_zero"] else "no"]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def machine(precision: str) -> str:
+    """Processor, precision and PyTorch."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+    used = "bf16 autocast" if autocast_dtype(precision, torch.device("cpu")) else "fp32"
+    processor = model or platform.processor() or platform.machine()
+    return f"{processor}, one thread a run, {used}, torch {torch.__version__}"
 
 
 def _cell(figure: dict[str, Any], digits: int, frame_rate_hz: float | None = None) -> str:

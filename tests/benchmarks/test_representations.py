@@ -86,8 +86,18 @@ def test_three_models_from_one_command(
     assert "resumed from" in (folder / "hybrid" / "seed1" / "output.txt").read_text()
     assert json.loads((folder / "hybrid" / "seed1" / "result.json").read_text())["clips"] == result["clips"]
     capsys.readouterr()
+    assert run(study, tmp_path, "score=validation") == 2
+    assert "other settings (split, validation_fraction)" in capsys.readouterr().err
     assert run({**study, "max_frames": 12}, tmp_path) == 2
     assert "language.data.max_frames" in capsys.readouterr().err
+
+
+def test_settings_are_chosen_on_clips_held_back(study: dict[str, Any], tmp_path: Path) -> None:
+    changes = [f"output={tmp_path / 'runs'}", "score=validation", "validation_fraction=0.3", "steps=1", "seeds=1"]
+    assert run(study, tmp_path, *changes, "--one", "tones/discrete/0") == 0
+    result = json.loads((tmp_path / "runs" / "tones" / "discrete" / "seed0" / "result.json").read_text())
+    tests = {"3.wav", "7.wav"}
+    assert result["clips"] and not tests & {clip["key"] for clip in result["clips"]}
 
 
 def test_unequal_sizes_are_refused(study: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
