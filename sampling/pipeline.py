@@ -18,7 +18,7 @@ from hybridlm.model import HybridLM
 from sampling.controls import Controls
 from sampling.generate import Drawn, Limits, Request, generate_frames
 from sampling.stream import stream_audio
-from tokenizer.audio import read_audio
+from tokenizer.audio import audio_info, read_audio
 from tokenizer.errors import UserError
 from tokenizer.frames import AudioFrames, Source, Tokenizer
 from tokenizer.text import TextTokenizer
@@ -32,6 +32,8 @@ FASTEST_SECONDS_PER_BYTE = 0.03
 SLOWEST_SECONDS_PER_BYTE = 0.12
 SLACK_SECONDS = 2.0
 """The longest speech is 2 s + 0.12 s a byte; of those recordings, none is longer."""
+PROMPT_SECONDS = 60.0
+"""A longer recording is continued from its last minute: no model here looks further back."""
 LARGEST_SEED = 2**63 - 1
 """What a torch.Generator takes."""
 VOICE_TAGS = ("speech", "speaker:kathleen")
@@ -102,7 +104,8 @@ class AudioModel:
         Args:
             text: What to say. Without it, the model makes what the tags say, or goes on with `audio`, or anything.
             tags: Names of tags, such as "music"; see `tags`.
-            audio: A recording to continue: a file, or samples at `sample_rate_hz`. The result begins with it.
+            audio: A recording to continue: a file, or samples at `sample_rate_hz`. The result begins with it, or with
+                its last minute if it is longer.
             duration: Seconds of new audio; exactly so many without text, at most so many with text.
             num_samples: How many to make at once.
             seed: Row i is drawn with `seed + i`, and is the same alone, in a batch or streamed.
@@ -128,6 +131,10 @@ class AudioModel:
             for row in range(num_samples)
             if text is not None and made[row] == limit and duration is None
         ]
+        if audio is not None and self._seconds(audio) > PROMPT_SECONDS:
+            warnings.append(
+                f"the recording is {self._seconds(audio):.0f} s long; its last {PROMPT_SECONDS:g} s are continued"
+            )
         return GeneratedAudio(
             waveform=waveform,
             sample_rate_hz=self.sample_rate_hz,
@@ -232,9 +239,18 @@ class AudioModel:
         minimum = min(maximum, max(1, math.floor(FASTEST_SECONDS_PER_BYTE * size * rate)))
         return Limits(minimum=minimum, maximum=maximum)
 
+    def _seconds(self, audio: str | Path | Tensor) -> float:
+        return (
+            audio.shape[-1] / self.sample_rate_hz if isinstance(audio, Tensor) else audio_info(Path(audio)).duration_s
+        )
+
     def _encode(self, audio: str | Path | Tensor) -> AudioFrames:
         """The whole frames of a recording; a last, partial one would be padded with silence and break the joint."""
-        waveform = audio if isinstance(audio, Tensor) else read_audio(Path(audio), self.sample_rate_hz)
+        if isinstance(audio, Tensor):
+            waveform = audio[..., -round(PROMPT_SECONDS * self.sample_rate_hz) :]
+        else:
+            past = self._seconds(audio) - PROMPT_SECONDS
+            waveform = read_audio(Path(audio), self.sample_rate_hz, start=past if past > 0 else None)
         if waveform.numel() == 0:
             raise UserError("audio is empty; give a recording of at least one sample")
         hop = self.tokenizer.hop_length

@@ -98,6 +98,18 @@ def test_a_prompt_may_be_a_file_one_sample_long_or_longer_than_the_model(tmp_pat
     assert model.generate(audio=prompt(300 * 960), duration=0.2).frames.lengths.tolist() == [300 + 5]
 
 
+def test_of_a_long_prompt_the_last_minute_is_continued(tmp_path: Path) -> None:
+    model = tiny_model()
+    long = prompt(70 * 24000)
+    soundfile.write(tmp_path / "long.wav", long[0].numpy(), 24000, subtype="FLOAT")
+    for audio in (long, tmp_path / "long.wav"):
+        made = model.generate(audio=audio, duration=0.2)
+        assert made.frames.lengths.tolist() == [60 * 25 + 5]
+        assert made.warnings == ("the recording is 70 s long; its last 60 s are continued",)
+    short = model.generate(audio=long[:, 10 * 24000 :], duration=0.2)
+    assert torch.equal(made.frames.codes, short.frames.codes)
+
+
 def test_text_that_never_ends_is_cut_off_and_said() -> None:
     audio = tiny_model(stop_bias=-30.0).generate(text="good morning", num_samples=2, seed=4)
     expected = math.ceil((SLACK_SECONDS + SLOWEST_SECONDS_PER_BYTE * 12) * 25)
