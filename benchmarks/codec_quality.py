@@ -30,7 +30,11 @@ from tokenizer.files import replacing
 from tokenizer.frames import Tokenizer
 from tokenizer.loading import load_tokenizer
 from tokenizer.metrics import AudioDistance, Interval, bootstrap_interval, codes_bitrate, compare_audio
+from training.index import VALIDATION, split_clips
 from training.manifest import Clip, read_manifest
+
+VALIDATION_FRACTION = 0.02
+"""As in the recipes of the box."""
 
 SPEECH_SETS = ("kathleen", "kerstin", "librispeech", "emodb", "digits")
 LATENT_BITS = 16
@@ -103,7 +107,9 @@ def _told(results: Iterator[ClipReport], total: int) -> Iterator[ClipReport]:
 def choose(manifest: Path, split: str, sets: Sequence[str] | None, limit: int | None) -> list[tuple[str, Clip]]:
     """Clips of the asked-for sets (label `set`), evenly spread over a set where there is a limit."""
     clips: dict[str, list[Clip]] = {}
-    for clip in read_manifest(manifest, split=split).clips:
+    # `validation` is what the recipes in configs/ hold back of the training split: for choosing, where test is not.
+    held_out = VALIDATION_FRACTION if split == VALIDATION else 0.0
+    for clip in split_clips(read_manifest(manifest).clips, split, held_out):
         clips.setdefault(clip.labels.get("set", "all"), []).append(clip)
     wanted = list(clips) if not sets else list(sets)
     for name in wanted:
@@ -166,7 +172,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--tokenizer", required=True, help="folder, or a name such as encodec")
     parser.add_argument("--manifest", type=Path, required=True, help="manifest.jsonl or a folder of audio")
-    parser.add_argument("--split", default="test")
+    parser.add_argument(
+        "--split", default="test", help="test, train, or validation: what the recipes hold back of train"
+    )
     parser.add_argument("--sets", nargs="+", help="values of the label 'set'; all of them by default")
     parser.add_argument("--speech-sets", nargs="*", default=list(SPEECH_SETS), help="sets that STOI and PESQ are for")
     parser.add_argument("--limit", type=int, help="clips per set, evenly spread; all of them by default")
