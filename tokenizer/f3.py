@@ -3,7 +3,9 @@
 Encoder: right-aligned STFT, ConvNeXt blocks at the STFT's rate, a strided projection to the frame rate, ConvNeXt
 blocks, a projection to D channels, normalization per time step. Decoder: the mirror image, ending in magnitudes and
 phases of overlapping windows as in Vocos (arXiv 2306.00814), each window starting at its own hop, so that a sample
-depends on present and past frames alone. Residual quantization over the normalized latent gives the codes.
+depends on present and past frames alone; beside them, filters on pulses at a predicted pitch and on noise
+(`tokenizer.excitation`), which keep a voice periodic across windows. Residual quantization over the normalized latent
+gives the codes.
 
 Shapes: B batch, T frames, H hops (`hops_per_frame` to a frame), K codebooks, D latent, S samples.
 """
@@ -14,19 +16,21 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Complex, Float, Int
 from torch import Tensor, nn
 
 from tokenizer.bottleneck import normalize_channels
 from tokenizer.errors import UserError
+from tokenizer.excitation import Excitation, ExcitationState
 from tokenizer.frames import AudioFrames, Source
 from tokenizer.layers import ConvNeXtStack
 from tokenizer.loading import read_config, read_weights, write_folder
 from tokenizer.mel import mel_filterbank
+from tokenizer.pitch import GRID_POINTS, pitch_grid, pitch_of
 from tokenizer.quantizer import ResidualQuantizer
 from tokenizer.settings import from_mapping
 
@@ -55,13 +59,15 @@ class F3Config:
     expansion: int = 3
     kernel_size: int = 7
     synthesis_window: int = 480
+    excitation: Literal["none", "pitch"] = "pitch"
+    """`pitch`: the decoder also filters pulses at a pitch that it predicts, and noise; `none`: a plain Vocos."""
     latent_dim: int = 64
     num_codebooks: int = 8
     codebook_size: int = 1024
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if value < (0 if name == "num_phase_bins" else 1):
+            if isinstance(value, int) and value < (0 if name == "num_phase_bins" else 1):
                 raise ValueError(f"{name}={value} must be positive")
         if self.hop_length % self.hops_per_frame:
             raise ValueError(
@@ -146,10 +152,21 @@ class DecoderState(NamedTuple):
     frames: list[Tensor]
     hops: list[Tensor]
     tail: Tensor
+    excitation: ExcitationState | None
+
+
+class Synthesis(NamedTuple):
+    """What the decoder makes of latents."""
+
+    waveform: Float[Tensor, "B S"]
+    pitch_logits: Float[Tensor, "B H Q"] | None
+    """Of every hop, over `tokenizer.pitch.pitch_grid`; None without excitation."""
+    state: DecoderState
 
 
 class Decoder(nn.Module):
     window: Tensor
+    pitch_grid: Tensor
 
     def __init__(self, config: F3Config) -> None:
         super().__init__()
@@ -160,23 +177,51 @@ class Decoder(nn.Module):
         self.frame_blocks = ConvNeXtStack(config.frame_dim, num_blocks=config.decoder_frame_blocks, **stack)
         self.upsample = nn.Linear(config.frame_dim, config.decoder_dim * config.hops_per_frame)
         self.hop_blocks = ConvNeXtStack(config.decoder_dim, num_blocks=config.decoder_blocks, **stack)
-        self.head = nn.Linear(config.decoder_dim, 2 * (self.n_fft // 2 + 1))
         # Hann windows at this hop add up to a constant, which the scale makes one.
         window = torch.hann_window(self.n_fft) * (2.0 * self.hop / self.n_fft)
         self.register_buffer("window", window, persistent=False)
+        bins = self.n_fft // 2 + 1
+        if config.excitation == "none":
+            self.excitation = None
+            self.head = nn.Linear(config.decoder_dim, 2 * bins)
+            return
+        self.excitation = Excitation(config.sample_rate_hz, self.hop, self.n_fft)
+        self.register_buffer("pitch_grid", pitch_grid(), persistent=False)
+        # Of the pulses' filter magnitude and phase, of the noise's magnitude, and magnitude and phase drawn freely.
+        self.head = nn.Linear(config.decoder_dim, 5 * bins)
+        self.pitch_head = nn.Linear(config.decoder_dim, GRID_POINTS)
+        with torch.no_grad():
+            self.head.weight.mul_(0.3)
 
     def forward(
         self, latents: Float[Tensor, "B T D"], state: DecoderState | None = None
     ) -> tuple[Float[Tensor, "B S"], DecoderState]:
+        waveform, _, state = self.synthesize(latents, state)
+        return waveform, state
+
+    def synthesize(self, latents: Float[Tensor, "B T D"], state: DecoderState | None = None) -> Synthesis:
+        """All samples of the given frames."""
         x, frames = self.frame_blocks(self.embed(latents), state.frames if state else None)
         x = self.upsample(x)
         x = x.reshape(x.shape[0], x.shape[1] * self.hops_per_frame, -1)  # (B, H, decoder_dim)
         x, hops = self.hop_blocks(x, state.hops if state else None)
-        log_magnitude, phase = self.head(x).float().chunk(2, dim=-1)
-        windows = torch.fft.irfft(torch.polar(log_magnitude.clamp(max=6.0).exp(), phase), n=self.n_fft) * self.window
+        pitch_logits, excitation = None, None
+        if self.excitation is None:
+            free = self.head(x).float().chunk(2, dim=-1)
+            windows = x.new_zeros((), dtype=torch.float32)
+        else:
+            pitch_logits = self.pitch_head(x)
+            pulses, noise, excitation = self.excitation(
+                pitch_of(pitch_logits, self.pitch_grid), state.excitation if state else None
+            )
+            colour, turn, hiss, *free = self.head(x).float().chunk(5, dim=-1)
+            # The offsets let an untrained decoder start about as loud as speech.
+            spectrum = _polar(colour - 3.0, turn) * pulses + (hiss - 4.0).clamp(max=6.0).exp() * noise
+            windows = torch.fft.irfft(spectrum, n=self.n_fft) * self.excitation.window
+        windows = windows + torch.fft.irfft(_polar(*free), n=self.n_fft) * self.window
         tail = state.tail if state else windows.new_zeros(x.shape[0], self.n_fft - self.hop)
         waveform, tail = self._overlap_add(windows, tail)
-        return waveform, DecoderState(frames, hops, tail)
+        return Synthesis(waveform, pitch_logits, DecoderState(frames, hops, tail, excitation))
 
     def _overlap_add(
         self, windows: Float[Tensor, "B H W"], tail: Float[Tensor, "B rest"]
@@ -191,6 +236,10 @@ class Decoder(nn.Module):
         ).reshape(batch, length)
         summed = summed + F.pad(tail, (0, length - tail.shape[1]))
         return summed[:, : num_hops * self.hop], summed[:, num_hops * self.hop :]
+
+
+def _polar(log_magnitude: Float[Tensor, "*N F"], phase: Float[Tensor, "*N F"]) -> Complex[Tensor, "*N F"]:
+    return torch.polar(log_magnitude.clamp(max=6.0).exp(), phase)
 
 
 class F3Tokenizer(nn.Module):
@@ -263,7 +312,8 @@ class F3Tokenizer(nn.Module):
 
         The decoder does not count: with another one, the same frames only sound different.
         """
-        digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
+        settings = {name: value for name, value in asdict(self.config).items() if name != "excitation"}
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for key, tensor in sorted(self.state_dict().items()):
             if key.startswith("decoder."):
                 continue
@@ -285,6 +335,7 @@ class F3Tokenizer(nn.Module):
         """
         folder = Path(folder)
         settings = {k: v for k, v in read_config(folder).items() if k not in ("type", "format_version")}
+        settings.setdefault("excitation", "none")  # folders from before there was any
         tokenizer = cls(from_mapping(F3Config, settings, where=str(folder / "config.json")))
         weights = {key: tensor.float() for key, tensor in read_weights(folder / "model.safetensors").items()}
         try:

@@ -128,6 +128,11 @@ class TextTokenizer:
         return int(self._pieces.get_piece_size())
 
     @property
+    def first_text_id(self) -> int:
+        """Ids from here on are text; below are padding, unknown, `<audio>` and the tags."""
+        return max((self.audio_id, *self._tag_ids.values())) + 1
+
+    @property
     def pad_id(self) -> int:
         """Fills the left of shorter prefixes in a batch."""
         return int(self._pieces.pad_id())
@@ -159,6 +164,30 @@ class TextTokenizer:
                 "shorten it, or split it into sentences"
             )
         return ids
+
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """For each piece of the text, begin and end among the characters of the text in NFKC and lower case."""
+        normalized = _normalized(text)
+        symbols = [AUDIO_SYMBOL, *(f"<{name}>" for name in self._tag_ids)]
+        spans: list[tuple[int, int]] = []
+        at = 0
+        for i in self._pieces.encode(_without_symbols(normalized, symbols)):
+            begin = at
+            if self._pieces.is_byte(i):
+                # The first of a character's bytes moves on by the character, the others stay on it.
+                first = not 0x80 <= int(self._pieces.id_to_piece(i)[3:5], 16) < 0xC0
+                while first and normalized[at : at + 1].isspace():
+                    at += 1
+                begin = at if first else max(0, at - 1)
+                at += first
+            else:
+                for character in self._pieces.id_to_piece(i).replace("\u2581", ""):
+                    found = normalized.find(character, at)
+                    if found >= 0:
+                        begin = found if begin == at else begin
+                        at = found + 1
+            spans.append((min(begin, len(normalized)), min(max(at, begin), len(normalized))))
+        return spans
 
     def tag_id(self, tag: str) -> int:
         """Id of a tag, given as `speech` or `<speech>`.

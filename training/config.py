@@ -69,6 +69,8 @@ class RunConfig:
     """Of the averaged weights; 0 exports the raw ones."""
     init_from: str | None = None
     """Folder with `model.safetensors` (a model's or a checkpoint's folder) whose weights start the run."""
+    init_partial: bool = False
+    """Let `init_from` lack weights, or have them in another shape: those start untrained, and the run says which."""
     log_every: int = 20
     validate_every: int = 1000
     validate_first: bool = False
@@ -113,6 +115,7 @@ FREE_ON_RESUME = (
     "max_bad_steps",
     "tensorboard",
     "init_from",
+    "init_partial",
     "optimizer",
     "optimizers",
     "ema_decay",

@@ -93,7 +93,8 @@ class _Run:
         found = self._open_output(resume)
         notes = []
         if not found and config.init_from is not None:
-            notes.append(f"weights of {', '.join(load_weights(config.init_from, self.modules))}: {config.init_from}")
+            filled = load_weights(config.init_from, self.modules, partial=config.init_partial)
+            notes.append(f"weights of {', '.join(filled)}: {config.init_from}")
         self.ema = AveragedWeights(self.modules["model"], config.ema_decay) if config.ema_decay > 0 else None
         self.progress = Progress()
         if found:

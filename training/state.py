@@ -185,11 +185,16 @@ def load_checkpoint(
         ) from error
 
 
-def load_weights(folder: str | Path, modules: Mapping[str, nn.Module]) -> list[str]:
+def load_weights(folder: str | Path, modules: Mapping[str, nn.Module], *, partial: bool = False) -> list[str]:
     """Start modules from a folder's `<module>.safetensors`; `model` must be there, others may be missing.
 
+    Args:
+        folder: Where the weights are.
+        modules: What to fill.
+        partial: Take over what fits by name and shape, instead of refusing what does not.
+
     Returns:
-        The names of the modules that were filled.
+        The names of the modules that were filled, with the number of tensors that were not, where there are any.
 
     Raises:
         UserError: no weights there, or of another shape than the modules'.
@@ -203,7 +208,14 @@ def load_weights(folder: str | Path, modules: Mapping[str, nn.Module]) -> list[s
         if not path.is_file():
             continue
         try:
-            load_module_state(module, load_file(path))
+            state = load_file(path)
+            if partial:
+                own = module_state(module)
+                fitting = {n: v for n, v in state.items() if n in own and own[n].shape == v.shape}
+                missing = len(own) - len(fitting)
+                name += f" (but for {missing} of {len(own)} tensors)" if missing else ""
+                state = {**own, **fitting}
+            load_module_state(module, state)
         except (SafetensorError, RuntimeError) as error:
             raise UserError(f"init_from: {path} does not fit {name}: {' '.join(str(error).split())[:300]}") from error
         filled.append(name)

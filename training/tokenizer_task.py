@@ -1,4 +1,4 @@
-"""Training of the F3 autoencoder: mel, adversarial and feature-matching losses around the noise-regularized bottleneck.
+"""Training of the F3 autoencoder: mel, loudness, pitch and adversarial losses around the noise-regularized bottleneck.
 
 Shapes: B batch, T frames, K codebooks, D latent, S samples.
 """
@@ -23,7 +23,9 @@ from tokenizer.adversary import (
 from tokenizer.bottleneck import add_noise, coding_rate
 from tokenizer.errors import UserError
 from tokenizer.f3 import F3Config, F3Tokenizer
+from tokenizer.loudness import LoudnessLoss
 from tokenizer.mel import MultiResolutionMelLoss
+from tokenizer.pitch import pitch_loss, track_pitch
 from training.index import split_clips
 from training.manifest import TagRule, apply_rules, read_manifest
 from training.segments import AudioFiles, PcmCache, SegmentSource
@@ -41,6 +43,10 @@ class TokenizerLossConfig:
     full_depth_share: float = 0.5
     """Share of the quantized rows that use all codebooks; the rest use a uniformly drawn number (quantizer dropout)."""
     mel_weight: float = 1.0
+    loudness_weight: float = 0.3
+    """Of the disturbance of perceived loudness (`tokenizer.loudness`)."""
+    pitch_weight: float = 0.05
+    """Of the decoder's pitch, where it has an excitation."""
     rate_weight: float = 0.05
     """Of the latents' coding rate, which is maximized; it falls linearly to 0 at `rate_until_step`."""
     rate_noise: float = 0.2
@@ -62,7 +68,7 @@ class TokenizerLossConfig:
         for name in ("quantized_share", "full_depth_share", "codebook_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be between 0 and 1")
-        for name in ("noise_gamma", "mel_weight", "rate_weight", "adversarial_weight", "feature_matching_weight"):
+        for name in ("noise_gamma", *(name for name in self.__slots__ if name.endswith("_weight"))):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
 
@@ -118,6 +124,7 @@ class TokenizerTask:
         losses = config.losses
         self.discriminator = MultiResolutionDiscriminator(losses.discriminator_n_ffts, losses.discriminator_channels)
         self.mel = MultiResolutionMelLoss(config.tokenizer.sample_rate_hz)
+        self.loudness = LoudnessLoss(config.tokenizer.sample_rate_hz)
         self.train_data = self._source("train")
         self.validation = self._validation_segments()
 
@@ -150,10 +157,21 @@ class TokenizerTask:
             )
             figures["codes_in_use"] = sum(use) / len(use)
         decodable, quantization_error = bottleneck(self.tokenizer, latents, losses, generator)
-        fake = self.tokenizer.decoder(decodable)[0].unsqueeze(1)
+        made = self.tokenizer.decoder.synthesize(decodable)
+        fake = made.waveform.unsqueeze(1)
         self.mel.to(fake.device)
         mel = self.mel(fake, waveform)
         loss = losses.mel_weight * mel
+        if losses.loudness_weight > 0:
+            self.loudness.to(fake.device)
+            loudness = self.loudness(fake, waveform)
+            loss = loss + losses.loudness_weight * loudness
+            figures["loudness"] = loudness.detach()
+        if made.pitch_logits is not None and losses.pitch_weight > 0:
+            measured = track_pitch(waveform[:, 0], self.tokenizer.sample_rate_hz, self.tokenizer.decoder.hop)
+            pitch = pitch_loss(made.pitch_logits, *measured)
+            loss = loss + losses.pitch_weight * pitch
+            figures["pitch"] = pitch.detach()
         if self.config.part == "all" and step < losses.rate_until_step:
             rate = coding_rate(latents, losses.rate_noise)
             loss = loss - losses.rate_weight * (1 - step / losses.rate_until_step) * rate
