@@ -13,10 +13,11 @@ POSITIVE = (
     *("vocab_size", "num_codebooks", "codebook_size", "latent_dim", "frame_rate_hz", "hidden_dim", "num_layers"),
     *("num_heads", "num_kv_heads", "ffn_dim", "rope_theta", "code_embedding_dim", "depth_dim", "depth_ffn_dim"),
     *("num_mixtures", "latent_head_dim", "latent_head_ffn_dim", "scale_floor", "short_context_dim", "max_frames"),
+    *("reader_heads", "reader_head_dim", "reader_pace"),
 )
 NOT_NEGATIVE = (
     *("feature_dim", "depth_layers", "latent_head_layers", "sigma", "short_context_frames", "alignment_heads"),
-    "alignment_layer",
+    *("alignment_layer", "first_text_id"),
 )
 
 
@@ -79,6 +80,8 @@ class ModelConfig:
     short_context_frames: int = 10
     """Latest latents that reach the heads by a clean, short path; 0 removes the path."""
     short_context_dim: int = 256
+    history_dropout: float = 0.0
+    """Share of the frames that are hidden from the training history; the short path still shows them."""
     condition_dropout: float = 0.1
     """Share of training rows whose text and tags are hidden, for classifier-free guidance."""
 
@@ -86,6 +89,19 @@ class ModelConfig:
     """Layer whose attention to the text the guided attention loss shapes."""
     alignment_heads: int = 1
     """How many of that layer's heads, counted from the first."""
+
+    reader_layer: int | None = None
+    """Layer after which a monotonic reader finds its place in the text, and from which on it reads there
+    (`hybridlm.reader`). None: text is read by the decoder's own attention alone."""
+    reader_heads: int = 8
+    reader_head_dim: int = 32
+    reader_pace: float = 0.5
+    """Pieces of text a frame that an untrained reader moves on by; below 4."""
+    text_in_prefix: bool = True
+    """False: only the reader gets the text; the decoder's prefix is tags and `<audio>`, which saves a third of the
+    work where the pieces are single characters."""
+    first_text_id: int = 0
+    """Ids from here on are pieces of text; below are padding, `<audio>` and tags."""
 
     max_frames: int = 1500
     """Longest sequence of frames that the model is meant for (60 s at 25 Hz)."""
@@ -97,7 +113,7 @@ class ModelConfig:
         for name in NOT_NEGATIVE:
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
-        for name in ("dropout", "history_noise", "condition_dropout"):
+        for name in ("dropout", "history_noise", "history_dropout", "condition_dropout"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1]")
         self._check_heads()
@@ -127,6 +143,15 @@ class ModelConfig:
             )
         if self.alignment_heads > self.num_heads:
             raise ValueError(f"alignment_heads={self.alignment_heads} must not exceed num_heads={self.num_heads}")
+        if self.reader_layer is not None and not 0 <= self.reader_layer < self.num_layers - 1:
+            raise ValueError(
+                f"reader_layer={self.reader_layer} must be below num_layers - 1 = {self.num_layers - 1} (the first "
+                "reading layer looks, the others move); or leave it out"
+            )
+        if not 0 < self.reader_pace < 4:
+            raise ValueError(f"reader_pace={self.reader_pace} must lie between 0 and 4 pieces a frame")
+        if not self.text_in_prefix and (self.reader_layer is None or self.alignment_heads):
+            raise ValueError("text_in_prefix=false needs a reader (set reader_layer) and alignment_heads=0")
 
     def _check_streams(self) -> None:
         for name in ("num_input_codebooks", "num_output_codebooks"):

@@ -6,7 +6,7 @@ Shapes: B batch, L positions of a call, N keys so far, H query heads, G key-valu
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -258,6 +258,7 @@ class Decoder(nn.Module):
         key_mask: Bool[Tensor, "B L"] | None = None,
         cache: KeyValueCache | None = None,
         text: TextKeys | None = None,
+        after_layer: Callable[[int, Tensor], Tensor] | None = None,
     ) -> DecoderOutput:
         """Run the stack.
 
@@ -267,14 +268,17 @@ class Decoder(nn.Module):
             key_mask: False for positions that nobody may attend to; None if there are none.
             cache: Earlier positions, which these follow; extended in place.
             text: Asks for the alignment; only in a call that holds the whole sequence.
+            after_layer: Given each layer's number and output; returns what the next layer gets.
         """
         mask = self._visible(x, key_mask, cache)
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
         rotation = rotary(positions, self.head_dim, self.rope_theta, dtype)
         alignment = None
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers):
             x, found = layer(x, rotation, mask, cache, text)
             alignment = found if found is not None else alignment
+            if after_layer is not None:
+                x = after_layer(number, x)
         if cache is not None:
             cache.length += x.shape[1]
         return DecoderOutput(states=self.norm(x), alignment=alignment)

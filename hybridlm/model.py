@@ -12,6 +12,7 @@ Shapes: B batch, P prefix, T frames, L = T + 1 states, K codebooks, V codebook s
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,9 +22,10 @@ from torch.nn import functional as F
 from hybridlm.alignment import alignment_loss
 from hybridlm.code_head import CodeHead
 from hybridlm.config import ModelConfig
-from hybridlm.decoder import INIT_STD, Decoder, DecoderOutput, KeyValueCache, TextKeys
+from hybridlm.decoder import INIT_STD, Decoder, KeyValueCache, TextKeys
 from hybridlm.fusion import CodeEmbedding, FrameFusion, FrameStatistics, ShortContext, history_noise
 from hybridlm.latent_head import GaussianMixture, LatentHead
+from hybridlm.reader import Guide, Page, Reading, TextReader, place_loss
 from tokenizer.frames import AudioFrames
 
 
@@ -44,7 +46,7 @@ class FrameNLL:
     stop_mask: Bool[Tensor, "B L"]
     """States whose stop decision was scored."""
     alignment: Float[Tensor, " B"] | None = None
-    """Guided attention loss of each row (`alignment_loss`), if it was asked for."""
+    """Guided attention loss (`alignment_loss`) or, with a reader, `place_loss` of each row, if it was asked for."""
 
     def total(self) -> Float[Tensor, " B"]:
         """-log p of all that was scored, per row."""
@@ -60,6 +62,8 @@ class ModelCache:
     """Of the next frame."""
     recent: Float[Tensor, "B w D"] | None
     """The last latents (normalized), for the short path."""
+    page: Page | None = None
+    """The text and the place in it, of a model with a reader."""
 
     def select(self, rows: Int[Tensor, " R"]) -> ModelCache:
         """A new cache with these rows, in this order, repeats allowed."""
@@ -67,6 +71,7 @@ class ModelCache:
             attention=self.attention.select(rows),
             positions=self.positions[rows],
             recent=None if self.recent is None else self.recent[rows],
+            page=None if self.page is None else self.page.select(rows),
         )
 
 
@@ -82,6 +87,7 @@ class HybridLM(nn.Module):
         self.code_embedding = CodeEmbedding(config) if config.uses_codes else None
         self.fusion = FrameFusion(config)
         self.decoder = Decoder(config)
+        self.reader = TextReader(config) if config.reader_layer is not None else None
         self.short_context = ShortContext(config) if config.has_short_context else None
         self.code_head = CodeHead(config, self.code_embedding) if self.code_embedding is not None else None
         self.latent_head = LatentHead(config, self.code_embedding, self.statistics) if config.predicts_latents else None
@@ -108,7 +114,7 @@ class HybridLM(nn.Module):
             frames: The audio; what lies past `lengths` influences no state up to there.
             generator: For the noise on the history, in training mode.
         """
-        return self._run(prefix, prefix_mask, frames, generator, None)[0]
+        return self._run(prefix, prefix_mask, frames, generator, None).states
 
     def alignment(
         self,
@@ -120,8 +126,9 @@ class HybridLM(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, "B heads T P"]:
         """Attention of the designated heads from the state that predicts frame t to the text pieces alone."""
-        self._check_alignment()
-        alignment = self._run(prefix, prefix_mask, frames, generator, text_mask & prefix_mask)[1].alignment
+        if self.config.alignment_heads == 0:
+            raise ValueError("alignment_heads=0 gives no alignment; set it to 1 or more")
+        alignment = self._run(prefix, prefix_mask, frames, generator, text_mask & prefix_mask).alignment
         assert alignment is not None
         return alignment
 
@@ -136,6 +143,7 @@ class HybridLM(nn.Module):
         head_fraction: float = 1.0,
         text_mask: Bool[Tensor, "B P"] | None = None,
         aligned: Bool[Tensor, " B"] | None = None,
+        guide: Guide | None = None,
     ) -> FrameNLL:
         """Score audio, frame by frame.
 
@@ -146,13 +154,16 @@ class HybridLM(nn.Module):
             ended: Rows whose audio is over after its last frame; None: no row (cut out of something longer).
             generator: For the noise on the history and the choice of frames.
             head_fraction: Score codes and latents of a random share of the frames only, to save time in training.
-            text_mask: Prefix columns that are pieces of the spoken text; asks for the guided attention loss.
+            text_mask: Prefix columns that are pieces of the spoken text; asks for the alignment loss.
             aligned: Rows that are complete utterances of their text; None: all.
+            guide: Where the text is spoken, for a model with a reader in training.
         """
         if text_mask is not None:
-            self._check_alignment()
+            if self.config.alignment_heads == 0 and self.reader is None:
+                raise ValueError("alignment_heads=0 gives no alignment; set it to 1 or more")
             text_mask = text_mask & prefix_mask
-        h, output = self._run(prefix, prefix_mask, frames, generator, text_mask)
+        run = self._run(prefix, prefix_mask, frames, generator, text_mask, guide)
+        h = run.states
         batch, length = frames.codes.shape[0], frames.latents.shape[1]
         time = torch.arange(length + 1, device=h.device)
         valid = time[:length] < frames.lengths[:, None]  # (B, T)
@@ -191,9 +202,7 @@ class HybridLM(nn.Module):
             correct=correct.view(batch, length, outputs).transpose(1, 2),
             mask=scored,
             stop_mask=stop_mask,
-            alignment=None
-            if text_mask is None or output.alignment is None
-            else alignment_loss(output.alignment, text_mask, frames.lengths, aligned),
+            alignment=None if text_mask is None else _alignment_loss(run, text_mask, frames.lengths, aligned, guide),
         )
 
     forward = nll
@@ -215,8 +224,9 @@ class HybridLM(nn.Module):
         Returns:
             The state that predicts the next frame of each row, and the cache for `step`.
         """
-        batch, columns = prefix.shape
-        x = self.text_embedding(prefix)
+        guide = self._walk(prefix, prefix_mask, frames) if frames is not None else None
+        x, prefix_mask, reading = self._read_prefix(prefix, prefix_mask, guide)
+        batch, columns = prefix_mask.shape
         key_mask = prefix_mask
         lengths = torch.zeros(batch, dtype=torch.int64, device=prefix.device)
         latents = None
@@ -228,7 +238,9 @@ class HybridLM(nn.Module):
             key_mask = torch.cat([prefix_mask, valid], dim=1)
         positions = (key_mask.cumsum(dim=1) - 1).clamp(min=0)
         cache = KeyValueCache.empty()
-        output = self.decoder(x, positions, key_mask=None if bool(key_mask.all()) else key_mask, cache=cache)
+        output = self.decoder(
+            x, positions, key_mask=None if bool(key_mask.all()) else key_mask, cache=cache, after_layer=reading
+        )
         rows = torch.arange(batch, device=prefix.device)
         h = output.states[rows, columns - 1 + lengths]
         recent = None
@@ -239,7 +251,11 @@ class HybridLM(nn.Module):
                 padded = F.pad(latents, (0, 0, window, 0))
                 recent = padded[rows[:, None], lengths[:, None] + torch.arange(window, device=prefix.device)]
             h = h + self.short_context.step(recent)
-        return h, ModelCache(attention=cache, positions=key_mask.sum(dim=1, keepdim=True), recent=recent)
+        page = None
+        if reading is not None:
+            page = reading.page
+            page.place = reading.arrived[rows, lengths]
+        return h, ModelCache(attention=cache, positions=key_mask.sum(dim=1, keepdim=True), recent=recent, page=page)
 
     def step(
         self,
@@ -254,8 +270,14 @@ class HybridLM(nn.Module):
             The state that predicts the next frame, and the same cache, extended.
         """
         x, clean = self._embed(codes, latents, features, None)
-        h = self.decoder(x, cache.positions, cache=cache.attention).states[:, -1]
+        reading = None
+        if self.reader is not None:
+            assert cache.page is not None
+            reading = Reading(self.reader, cache.page, 0)
+        h = self.decoder(x, cache.positions, cache=cache.attention, after_layer=reading).states[:, -1]
         cache.positions = cache.positions + 1
+        if reading is not None:
+            reading.page.place = reading.arrived[:, -1]
         if self.short_context is not None:
             assert cache.recent is not None and clean is not None, "a short context is a context of latents"
             cache.recent = torch.cat([cache.recent[:, 1:], clean], dim=1)
@@ -333,10 +355,17 @@ class HybridLM(nn.Module):
         frames: AudioFrames,
         generator: torch.Generator | None,
         text_mask: Tensor | None,
-    ) -> tuple[Tensor, DecoderOutput]:
-        columns = prefix.shape[1]
+        guide: Guide | None = None,
+    ) -> _Run:
+        if self.reader is not None and not self.training and guide is None:
+            guide = self._walk(prefix, prefix_mask, frames)
+        text, prefix_mask, reading = self._read_prefix(prefix, prefix_mask, guide)
+        columns = prefix_mask.shape[1]
+        if reading is not None:
+            states = frames.latents.shape[1] + 1
+            reading.guide = guide = TextReader.even_guide(reading.page, frames.lengths, states, reading.guide)
         embedded, clean = self._embed(frames.codes, frames.latents, frames.features, generator)
-        x = torch.cat([self.text_embedding(prefix), embedded.to(self.text_embedding.weight.dtype)], dim=1)
+        x = torch.cat([text, embedded.to(text.dtype)], dim=1)
         # Right-padded frames need no mask: causality hides them from all that counts.
         key_mask = F.pad(prefix_mask, (0, embedded.shape[1]), value=True)
         positions = (key_mask.cumsum(dim=1) - 1).clamp(min=0)
@@ -345,11 +374,46 @@ class HybridLM(nn.Module):
             positions,
             key_mask=None if bool(prefix_mask.all()) else key_mask,
             text=None if text_mask is None else TextKeys(mask=text_mask),
+            after_layer=reading,
         )
         h = output.states[:, columns - 1 :]
         if self.short_context is not None:
             h = h + self.short_context(clean)
-        return h, output
+        return _Run(h, output.alignment, None if reading is None else reading.places)
+
+    @torch.no_grad()
+    def _walk(self, prefix: Tensor, prefix_mask: Tensor, frames: AudioFrames) -> Guide | None:
+        """Where a model with a reader finds its place at each state, found frame by frame; None without any text."""
+        if self.reader is None or not bool((prefix_mask & (prefix >= self.config.first_text_id)).any()):
+            return None
+        cache = self.start(prefix, prefix_mask)[1]
+        assert cache.page is not None
+        before = [torch.zeros_like(cache.page.place)]
+        for t in range(frames.latents.shape[1]):
+            before.append(cache.page.place)
+            features = None if frames.features is None else frames.features[:, t : t + 1]
+            cache = self.step(frames.codes[:, :, t : t + 1], frames.latents[:, t : t + 1], features, cache)[1]
+            assert cache.page is not None
+        return Guide(before=torch.stack(before, dim=1))
+
+    def _read_prefix(
+        self, prefix: Tensor, mask: Tensor, guide: Guide | None = None
+    ) -> tuple[Tensor, Tensor, Reading | None]:
+        """Embeddings (B, P', C) of the decoder's prefix and its mask; the reader, if any, with the text opened.
+
+        P' is P, or without the text as many columns as any row has tags, and `<audio>`.
+        """
+        embeddings = self.text_embedding(prefix)
+        if self.reader is None:
+            return embeddings, mask, None
+        page = self.reader.open(embeddings, prefix, mask)
+        if not self.config.text_in_prefix:
+            tags = mask & (prefix < self.config.first_text_id)
+            columns = int(tags.sum(dim=1).max())
+            last = tags.to(torch.int8).argsort(dim=1, stable=True)[:, prefix.shape[1] - columns :]
+            embeddings = embeddings.gather(1, last[..., None].expand(-1, -1, embeddings.shape[2]))
+            mask = tags.gather(1, last)
+        return embeddings, mask, Reading(self.reader, page, mask.shape[1] - 1, guide)
 
     def _embed(
         self,
@@ -372,11 +436,32 @@ class HybridLM(nn.Module):
         elif config.continuous == "features":
             assert features is not None
             continuous = self.statistics.features(features)
-        return self.fusion(code_sum, continuous), clean
+        embedded = self.fusion(code_sum, continuous)
+        if self.training and config.history_dropout > 0:
+            where = generator.device if generator is not None else embedded.device
+            kept = torch.rand(embedded.shape[:2], generator=generator, device=where) >= config.history_dropout
+            embedded = embedded * kept.to(embedded.device)[..., None]
+        return embedded, clean
 
-    def _check_alignment(self) -> None:
-        if self.config.alignment_heads == 0:
-            raise ValueError("alignment_heads=0 gives no alignment; set it to 1 or more")
+
+class _Run(NamedTuple):
+    """A whole sequence's states, and how it read the text."""
+
+    states: Float[Tensor, "B L C"]
+    alignment: Float[Tensor, "B heads T P"] | None
+    places: list[Float[Tensor, "B L"]] | None
+
+
+def _alignment_loss(
+    run: _Run, text_mask: Tensor, lengths: Tensor, aligned: Tensor | None, guide: Guide | None
+) -> Float[Tensor, " B"]:
+    loss = run.states.new_zeros(run.states.shape[0], dtype=torch.float32)
+    if run.alignment is not None:
+        loss = loss + alignment_loss(run.alignment, text_mask, lengths, aligned)
+    if run.places is not None and guide is not None and guide.known is not None:
+        seen = text_mask.any(dim=1)  # a row whose text is hidden has nowhere to be
+        loss = loss + place_loss(run.places, guide, lengths) * seen
+    return loss
 
 
 def drop_conditions(

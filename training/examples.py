@@ -9,6 +9,8 @@ import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -63,6 +65,28 @@ def make_prefix(
         mask[row, first:] = True
         text_mask[row, first + num_tags : -1] = True
     return Prefix(prefix, mask, text_mask)
+
+
+def places_in_text(
+    text: TextTokenizer, words: str, frames: npt.NDArray[np.float32], length: int
+) -> Float[Tensor, " L"]:
+    """Where in the pieces of a text the voice is at states 0 .. `length`: 1 in the middle of the first, N of the last.
+
+    Args:
+        text: Makes the pieces.
+        words: The text.
+        frames: Where each character of its normalized form is spoken (`training.align`).
+        length: Frames.
+    """
+    spans = text.spans(words)
+    last = len(frames) - 1
+    middles = [frames[min(begin, last) : min(max(end, begin + 1), last + 1)].mean() for begin, end in spans]
+    # The text begins two frames before its first piece, and is over two after its last.
+    times = np.maximum.accumulate([middles[0] - 2.0, *middles, middles[-1] + 2.0])
+    times = times + 1e-3 * np.arange(len(times))  # several pieces in one place, one after the other
+    # State t predicts frame t, which lasts from t to t + 1.
+    states = np.arange(length + 1) + 0.5
+    return torch.from_numpy(np.interp(states, times, np.arange(len(times)))).float()
 
 
 def clip_seed(key: str) -> int:

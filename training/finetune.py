@@ -18,6 +18,8 @@ from hybridlm.likelihood import bits_per_second
 from tokenizer.audio import audio_info
 from tokenizer.errors import UserError
 from tokenizer.settings import from_mapping
+from training.align import FILE_NAME as ALIGNMENT
+from training.align import align_caches
 from training.config import apply_overrides
 from training.config import resolve as resolve_config
 from training.corpus import TokenCache, prepare
@@ -88,6 +90,8 @@ def run(
     for tag in config.tags or ():
         start.text.tag_id(tag)
     cache = _tokens(Path(data), output, start, config, console)
+    if start.model.reader is not None:
+        _align(cache, console)
     mapping = apply_overrides(_defaults(str(model), cache, output, config, start), run_overrides)
     run_config, task_config, resolved = resolve_config(mapping, LanguageTaskConfig, where="finetune")
     torch.manual_seed(run_config.seed)
@@ -122,6 +126,18 @@ def _tokens(data: Path, output: Path, start: Checkpoint, config: FinetuneConfig,
     manifest = Manifest(source=manifest.source, clips=clips, problems=manifest.problems)
     prepare(manifest, output / "tokens", start.tokenizer, workers=1)
     return output / "tokens"
+
+
+def _align(cache: Path, console: Console) -> None:
+    """Tell a model that reads where the texts are spoken; it learns to read on its own where they are too few."""
+    if (cache / ALIGNMENT).exists():
+        return
+    try:
+        count = align_caches([cache])
+    except UserError as error:
+        _say(console, f"texts are not aligned: {error}")
+    else:
+        _say(console, f"{count} texts aligned with their recordings")
 
 
 def _pieces(clip: Clip) -> Iterator[Clip]:

@@ -23,7 +23,9 @@ class LanguageLossConfig:
     """Of the latents' NLL a frame and dimension."""
     stop_weight: float = 0.5
     alignment_weight: float = 0.2
-    """Of the guided attention loss, on complete utterances with text."""
+    """Of the guided attention loss or, of a model with a reader, of its places, on complete utterances with text."""
+    guide_error: float = 0.7
+    """Standard deviation, in pieces, of the error in the places that a reader is given to set right."""
     text_dropout: float = 0.05
     """Share of rows whose text is hidden and whose tags are not; `model.condition_dropout` hides both."""
     tag_dropout: float = 0.0
@@ -32,7 +34,7 @@ class LanguageLossConfig:
     """Share of the frames whose codes and latents are scored: less is faster and noisier."""
 
     def __post_init__(self) -> None:
-        for name in ("code_weight", "latent_weight", "stop_weight", "alignment_weight"):
+        for name in ("code_weight", "latent_weight", "stop_weight", "alignment_weight", "guide_error"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
         if any(weight < 0 for weight in self.code_weights) or (self.code_weights and sum(self.code_weights) == 0):

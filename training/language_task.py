@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -19,13 +20,25 @@ from hybridlm.checkpoint import Checkpoint, resolve, save_model
 from hybridlm.config import ModelConfig
 from hybridlm.likelihood import noise_latents
 from hybridlm.model import HybridLM, drop_conditions
+from hybridlm.reader import Guide
 from tokenizer.errors import UserError
 from tokenizer.frames import AudioFrames, Tokenizer
 from tokenizer.loading import PRETRAINED, load_tokenizer
 from tokenizer.settings import from_mapping
 from tokenizer.text import TextTokenizer
-from training.corpus import TokenCache, Window
-from training.examples import GOES_ON, MAX_PIECES, clip_seed, codebook_vectors, device_of, make_prefix, with_latents
+from training.align import read_alignments
+from training.corpus import CachedClip, TokenCache, Window
+from training.examples import (
+    GOES_ON,
+    MAX_PIECES,
+    Prefix,
+    clip_seed,
+    codebook_vectors,
+    device_of,
+    make_prefix,
+    places_in_text,
+    with_latents,
+)
 from training.language_loss import LanguageLossConfig, combine, sums
 from training.manifest import TagRule
 from training.state import checkpoints
@@ -34,7 +47,9 @@ from training.task import Batch, Sample
 Sampler = Callable[[HybridLM, Tokenizer, TextTokenizer], Sequence[Sample]]
 """Makes a model sound, for TensorBoard; given by the caller, for training does not know sampling."""
 
-DERIVED = ("vocab_size", "num_codebooks", "codebook_size", "latent_dim", "feature_dim", "frame_rate_hz")
+DERIVED = (
+    *("vocab_size", "first_text_id", "num_codebooks", "codebook_size", "latent_dim", "feature_dim", "frame_rate_hz"),
+)
 """Fields of `ModelConfig` that the tokenizer and the text model decide."""
 
 
@@ -125,6 +140,10 @@ class LanguageTask:
         for tag in self.train_data.index.all_tags():
             self.text.tag_id(tag)
         self.model = self._model(start)
+        self._alignments: dict[tuple[int, str], npt.NDArray[np.float32]] = {}
+        if self.model.reader is not None and config.losses.alignment_weight > 0:
+            for number, folder in enumerate(config.data.caches):
+                self._alignments.update({(number, key): frames for key, frames in read_alignments(Path(folder))})
         weights = config.losses.code_weights
         if weights and len(weights) != self.model.config.output_codebooks:
             raise UserError(
@@ -184,7 +203,24 @@ class LanguageTask:
         }
         if frames.features is not None:
             batch["features"] = frames.features
+        if self._alignments:
+            readers = [int(cache.index.reader[window.clip]) for window in windows]
+            batch["places"], batch["places_known"] = self._places(clips, readers, prefix)
         return batch
+
+    def _places(self, clips: Sequence[CachedClip], readers: Sequence[int], prefix: Prefix) -> tuple[Tensor, Tensor]:
+        """Places (B, T + 1) in the text, and which rows have them."""
+        longest = max(clip.latents.shape[0] for clip in clips)
+        places, known = torch.zeros(len(clips), longest + 1), torch.zeros(len(clips), dtype=torch.bool)
+        for row, (clip, reader) in enumerate(zip(clips, readers, strict=True)):
+            frames = self._alignments.get((reader, clip.key))
+            if frames is None or clip.text is None or not bool(prefix.text_mask[row].any()):
+                continue
+            found = places_in_text(self.text, clip.text, frames, clip.latents.shape[0])
+            places[row, : len(found)] = found
+            places[row, len(found) :] = found[-1]
+            known[row] = True
+        return places, known
 
     def size(self, batch: Batch) -> int:
         """Frames without padding."""
@@ -203,7 +239,8 @@ class LanguageTask:
         hidden = torch.rand(mask.shape[0], 1, generator=generator, device=device) < losses.text_dropout
         mask = mask & ~(hidden & batch["text_mask"])
         mask = drop_conditions(mask, config.condition_dropout, generator)
-        align = losses.alignment_weight > 0 and config.alignment_heads > 0 and bool(batch["aligned"].any())
+        can_align = config.alignment_heads > 0 or config.reader_layer is not None
+        align = losses.alignment_weight > 0 and can_align and bool(batch["aligned"].any())
         nll = self.model(
             batch["prefix"],
             mask,
@@ -213,8 +250,21 @@ class LanguageTask:
             head_fraction=losses.head_fraction,
             text_mask=batch["text_mask"] if align else None,
             aligned=batch["aligned"] if align else None,
+            guide=self._guide(batch, generator) if align and "places" in batch else None,
         )
         return combine(nll, losses, latent_dim=config.latent_dim, aligned=batch["aligned"])
+
+    def _guide(self, batch: Batch, generator: torch.Generator) -> Guide:
+        """The true places, each with the one before it, in error: partly drifting through the row, partly by chance."""
+        places = batch["places"]
+        rows, states = places.shape
+        ends = torch.randn(rows, 2, generator=generator, device=places.device)
+        chance = torch.randn(rows, states, generator=generator, device=places.device)
+        drift = torch.linspace(0, 1, states, device=places.device)
+        error = 0.9 * (ends[:, :1] * (1 - drift) + ends[:, 1:] * drift) + 0.45 * chance
+        before = torch.cat([torch.zeros_like(places[:, :1]), places[:, :-1]], dim=1)
+        before = (before + self.config.losses.guide_error * error).clamp(min=0)
+        return Guide(before=before, places=places, known=batch["places_known"])
 
     def validate(self) -> Mapping[str, float]:
         """Likelihood of the held-out clips, in nats a frame; the noise of a clip is always the same."""
@@ -327,6 +377,7 @@ class LanguageTask:
         tokenizer = self.tokenizer
         derived = {
             "vocab_size": self.text.vocab_size,
+            "first_text_id": self.text.first_text_id,
             "num_codebooks": tokenizer.num_codebooks,
             "codebook_size": tokenizer.codebook_size,
             "latent_dim": tokenizer.latent_dim,

@@ -30,6 +30,22 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "num_input_codebooks": 1,
         "num_output_codebooks": 1,
     },
+    "reader": {
+        "representation": "hybrid",
+        "reader_layer": 0,
+        "reader_heads": 3,
+        "reader_head_dim": 8,
+        "first_text_id": 5,
+    },
+    "reader-alone": {
+        "representation": "hybrid",
+        "reader_layer": 0,
+        "reader_heads": 3,
+        "reader_head_dim": 8,
+        "first_text_id": 45,
+        "text_in_prefix": False,
+        "alignment_heads": 0,
+    },
     "no-short-context": {"representation": "hybrid", "short_context_frames": 0},
 }
 
