@@ -210,3 +210,23 @@ def test_weights_of_another_run_start_a_new_one(tmp_path: Path) -> None:
     torch.testing.assert_close(second.discriminator.weight, first.discriminator.weight)
     with pytest.raises(UserError, match="holds no model"):
         fit(ToyTask(), settings(tmp_path / "third", init_from=str(tmp_path)), {})
+
+
+def test_what_fits_starts_a_run_of_another_shape_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    first = ToyTask()
+    fit(first, settings(tmp_path / "first"), {})
+    folder = checkpoints(tmp_path / "first")[-1]
+    second = ToyTask(seed=5)
+    second.model[3] = torch.nn.Linear(16, 3, bias=False)
+    second.model[0] = torch.nn.Linear(3, 16)
+    second.model.append(torch.nn.Linear(3, 3))
+    still = torch.clone(second.model[4].weight.detach())
+    optimizer = OptimizerConfig(learning_rate=1e-12, warmup_steps=0)
+    changes = {"init_from": str(folder), "max_steps": 1, "optimizer": optimizer}
+    with pytest.raises(UserError, match="does not fit model"):
+        fit(second, settings(tmp_path / "refused", **changes), {})
+    fit(second, settings(tmp_path / "second", init_partial=True, **changes), {})
+    torch.testing.assert_close(second.model[0].weight, first.model[0].weight)
+    torch.testing.assert_close(second.model[3].weight, first.model[3].weight)
+    torch.testing.assert_close(second.model[4].weight, still)
+    assert "model (but for 2 of 7 tensors)" in capsys.readouterr().err
