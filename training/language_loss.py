@@ -24,8 +24,8 @@ class LanguageLossConfig:
     stop_weight: float = 0.5
     alignment_weight: float = 0.2
     """Of the guided attention loss or, of a model with a reader, of its places, on complete utterances with text."""
-    guide_error: float = 0.7
-    """Standard deviation, in pieces, of the error in the places that a reader is given to set right."""
+    guide_error: float = 2.5
+    """Largest standard deviation, in pieces, of the error in the places that a reader is given to set right."""
     text_dropout: float = 0.05
     """Share of rows whose text is hidden and whose tags are not; `model.condition_dropout` hides both."""
     tag_dropout: float = 0.0

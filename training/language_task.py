@@ -255,15 +255,20 @@ class LanguageTask:
         return combine(nll, losses, latent_dim=config.latent_dim, aligned=batch["aligned"])
 
     def _guide(self, batch: Batch, generator: torch.Generator) -> Guide:
-        """The true places, each with the one before it, in error: partly drifting through the row, partly by chance."""
+        """The true places, each with the one before it, in error: partly drifting through the row, partly by chance.
+
+        Rows differ in how large their errors are, up to `guide_error`: exact ones teach to read, wrong ones to find
+        back.
+        """
         places = batch["places"]
         rows, states = places.shape
         ends = torch.randn(rows, 2, generator=generator, device=places.device)
         chance = torch.randn(rows, states, generator=generator, device=places.device)
         drift = torch.linspace(0, 1, states, device=places.device)
+        size = self.config.losses.guide_error * torch.rand(rows, 1, generator=generator, device=places.device)
         error = 0.9 * (ends[:, :1] * (1 - drift) + ends[:, 1:] * drift) + 0.45 * chance
         before = torch.cat([torch.zeros_like(places[:, :1]), places[:, :-1]], dim=1)
-        before = (before + self.config.losses.guide_error * error).clamp(min=0)
+        before = (before + size * error).clamp(min=0)
         return Guide(before=before, places=places, known=batch["places_known"])
 
     def validate(self) -> Mapping[str, float]:
