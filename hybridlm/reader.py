@@ -27,8 +27,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from hybridlm.config import ModelConfig
+from hybridlm.decoder import INIT_STD
 
-INIT_STD = 0.02
 MIDDLE_MOVE, WIDEST_MOVE = 1.0, 3.0
 """A state moves the place by the first, give or take the second."""
 OFF_TEXT = -1e4
