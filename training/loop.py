@@ -65,7 +65,9 @@ def fit(task: Task, config: RunConfig, resolved: Mapping[str, Any], *, resume: b
         torch.set_num_threads(config.threads)
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda, but this machine has no CUDA device that PyTorch can use; set device=cpu")
-    accelerator = Accelerator(cpu=config.device == "cpu")
+    # Several processes without GPUs talk to each other only if accelerate is told that they have none.
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    accelerator = Accelerator(cpu=config.device == "cpu" or not (alone or torch.cuda.is_available()))
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     run = _Run(task, config, resolved, accelerator, resume)

@@ -28,7 +28,7 @@ def test_copies_are_faster_and_higher_and_keep_what_is_known_of_them(tmp_path: P
     assert (count, problems) == (2, [])
     for clip, speed in zip(read_manifest(tmp_path / "out").clips, (0.8, 1.25), strict=True):
         assert (clip.text, clip.tags, clip.split) == ("A", ("hum",), "train")
-        assert clip.labels["set"] == "tone" and clip.labels["speed"] == f"{speed:g}" and clip.labels["source"] == "a.wav"
+        assert clip.labels == {"set": "tone", "speed": f"{speed:g}", "source": "a.wav"}
         waveform = read_audio(clip.path, SAMPLE_RATE_HZ)
         seconds = waveform.shape[1] / SAMPLE_RATE_HZ
         assert 1 / speed <= seconds <= 1 / speed + LARGEST_DELAY_S + 1e-3

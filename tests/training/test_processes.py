@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors.torch import load_file
@@ -37,13 +38,13 @@ class PlainTask(ToyTask):
         return (self.model(batch["x"]) - 2 * batch["x"]).pow(2).mean(), {}
 
 
-def settings(output: str | Path, accumulate: int) -> RunConfig:
+def settings(output: str | Path, accumulate: int, device: Literal["auto", "cpu"] = "cpu") -> RunConfig:
     return RunConfig(
         task="tokenizer",
         output=str(output),
         max_steps=6,
         precision="fp32",
-        device="cpu",
+        device=device,
         tensorboard=False,
         accumulate=accumulate,
         optimizer=OptimizerConfig(learning_rate=0.01, warmup_steps=0),
@@ -58,7 +59,7 @@ def test_two_processes_equal_two_micro_batches_and_stop_together(tmp_path: Path)
     processes = []
     for rank in range(2):
         about = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-        about |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+        about |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         command = [sys.executable, "-m", "tests.training.test_processes", str(tmp_path / "two"), str(rank)]
         processes.append(subprocess.Popen(command, env={**os.environ, **about}, cwd=ROOT))
     assert [process.wait(timeout=300) for process in processes] == [0, 0]
@@ -70,10 +71,10 @@ def test_two_processes_equal_two_micro_batches_and_stop_together(tmp_path: Path)
 
 def run_one_of_two(output: str, rank: int) -> None:
     """Stop when the second process alone is asked to, then go on; its own weights are not those of the first."""
-    stopped = fit(PlainTask(seed=rank, signal_at=2 if rank == 1 else None), settings(output, 1), {})
+    stopped = fit(PlainTask(seed=rank, signal_at=2 if rank == 1 else None), settings(output, 1, "auto"), {})
     assert not stopped.finished
     assert stopped.step == 3
-    assert fit(PlainTask(seed=rank), settings(output, 1), {}, resume=True).step == 6
+    assert fit(PlainTask(seed=rank), settings(output, 1, "auto"), {}, resume=True).step == 6
 
 
 if __name__ == "__main__":
