@@ -42,7 +42,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "reader_layer": 0,
         "reader_heads": 3,
         "reader_head_dim": 8,
-        "first_text_id": 45,
+        "first_text_id": 15,
         "text_in_prefix": False,
         "alignment_heads": 0,
     },
@@ -89,9 +89,10 @@ def tiny_model(seed: int = 0, **changes: Any) -> HybridLM:
 
 
 def tiny_prefix(seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Ids and mask (3, 6), rows of 6, 3 and 1 real ids."""
+    """Ids and mask (3, 6), rows of 6, 3 and 1 real ids; the last id stands for `<audio>` and is no text."""
     generator = torch.Generator().manual_seed(seed)
     prefix = torch.randint(0, VOCABULARY, (3, 6), generator=generator)
+    prefix[:, -1] = 1
     mask = torch.arange(6) >= 6 - torch.tensor(PREFIX_LENGTHS)[:, None]
     return prefix, mask
 
