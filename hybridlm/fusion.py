@@ -41,7 +41,7 @@ class CodeEmbedding(nn.Module):
 class FrameStatistics(nn.Module):
     """Mean and standard deviation of latents and features, so that any tokenizer's frames come in at unit scale.
 
-    They are buffers, set once from data (`HybridLM.set_statistics`) and saved with the weights; the default is 0 and 1,
+    They are buffers, set once from data (`set`) and saved with the weights; the default is 0 and 1,
     which is right for a tokenizer whose latents are normalized already.
     """
 
@@ -51,6 +51,18 @@ class FrameStatistics(nn.Module):
         self.register_buffer("latent_std", torch.ones(config.latent_dim))
         self.register_buffer("feature_mean", torch.zeros(config.feature_dim))
         self.register_buffer("feature_std", torch.ones(config.feature_dim))
+
+    @torch.no_grad()
+    def set(self, **values: Float[Tensor, " C"]) -> None:
+        """Take over `latent_mean`, `latent_std`, `feature_mean` or `feature_std`.
+
+        Raises:
+            ValueError: a standard deviation that is not positive throughout.
+        """
+        for name, value in values.items():
+            if name.endswith("std") and not bool((value > 0).all()):
+                raise ValueError(f"{name} has the value {value.min().item():.3g}, but must be positive throughout")
+            getattr(self, name).copy_(value)
 
     def latents(self, latents: Float[Tensor, "*N D"]) -> Float[Tensor, "*N D"]:
         return (latents - self.latent_mean) / self.latent_std

@@ -62,7 +62,7 @@ class LatentHead(nn.Module):
     """p(latent | codes, h), or p(latent | h) for a continuous model.
 
     With codes, every mean is an offset plus a linear read-out of the sum of the code embeddings: that read-out can be
-    the dequantized latent from the first step on (`HybridLM.initialize_code_embeddings`).
+    the dequantized latent from the first step on (`training.new_model.start_from_codebooks`).
     """
 
     def __init__(self, config: ModelConfig, embedding: CodeEmbedding | None, statistics: FrameStatistics) -> None:

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hybridlm.config import ModelConfig
-from hybridlm.model import FrameNLL
+from hybridlm.frame_nll import FrameNLL
 
 NOISE_BLOCK = 64
 

@@ -23,34 +23,11 @@ from hybridlm.alignment import alignment_loss
 from hybridlm.code_head import CodeHead
 from hybridlm.config import ModelConfig
 from hybridlm.decoder import INIT_STD, Decoder, KeyValueCache, TextKeys
+from hybridlm.frame_nll import FrameNLL
 from hybridlm.fusion import CodeEmbedding, FrameFusion, FrameStatistics, ShortContext, history_noise
 from hybridlm.latent_head import GaussianMixture, LatentHead
 from hybridlm.reader import Guide, Page, Reading, TextReader, place_loss
 from tokenizer.frames import AudioFrames
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FrameNLL:
-    """Negative log-likelihoods in nats, zero wherever nothing is scored."""
-
-    codes: Float[Tensor, "B K T"]
-    """K = 0 for a continuous model."""
-    latents: Float[Tensor, "B T"]
-    """Zero for a discrete model."""
-    stop: Float[Tensor, "B L"]
-    """Of going on at each frame, and of stopping after the last one where the audio `ended` there."""
-    correct: Bool[Tensor, "B K T"]
-    """Whether the code was the most likely one."""
-    mask: Bool[Tensor, "B T"]
-    """Frames whose codes and latents were scored."""
-    stop_mask: Bool[Tensor, "B L"]
-    """States whose stop decision was scored."""
-    alignment: Float[Tensor, " B"] | None = None
-    """Guided attention loss (`alignment_loss`) or, with a reader, `place_loss` of each row, if it was asked for."""
-
-    def total(self) -> Float[Tensor, " B"]:
-        """-log p of all that was scored, per row."""
-        return self.codes.sum(dim=(1, 2)) + self.latents.sum(dim=1) + self.stop.sum(dim=1)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -110,7 +87,7 @@ class HybridLM(nn.Module):
 
         Args:
             prefix: Text ids, left-padded, the last one `<audio>`.
-            prefix_mask: False for padding and for a hidden condition (`drop_conditions`).
+            prefix_mask: False for padding and for a hidden condition .
             frames: The audio; what lies past `lengths` influences no state up to there.
             generator: For the noise on the history, in training mode.
         """
@@ -290,58 +267,6 @@ class HybridLM(nn.Module):
             raise ValueError("representation=discrete predicts no latents; use continuous or hybrid")
         return self.latent_head.distribution(h, codes)
 
-    # Taking over what is known of the frames
-
-    @torch.no_grad()
-    def set_statistics(
-        self,
-        *,
-        latent_mean: Float[Tensor, " D"] | None = None,
-        latent_std: Float[Tensor, " D"] | None = None,
-        feature_mean: Float[Tensor, " F"] | None = None,
-        feature_std: Float[Tensor, " F"] | None = None,
-    ) -> None:
-        """Tell the model the scale of a tokenizer's latents and features; before `initialize_code_embeddings`."""
-        given = {
-            "latent_mean": latent_mean,
-            "latent_std": latent_std,
-            "feature_mean": feature_mean,
-            "feature_std": feature_std,
-        }
-        for name, value in given.items():
-            if value is not None:
-                if name.endswith("std") and not bool((value > 0).all()):
-                    raise ValueError(f"{name} has the value {value.min().item():.3g}, but must be positive throughout")
-                getattr(self.statistics, name).copy_(value)
-
-    @torch.no_grad()
-    def initialize_code_embeddings(self, codebooks: Float[Tensor, "K V D"]) -> None:
-        """Write the codec's codebooks into the first D columns of the code embeddings.
-
-        They are scaled so that the sum over the codebooks has unit variance, and the latent head's read-out undoes the
-        scale: the untrained mean is the dequantized latent (nearly: the other columns are small).
-
-        Raises:
-            ValueError: for codebooks of another shape, or a model without codes.
-        """
-        config = self.config
-        if self.code_embedding is None:
-            raise ValueError("representation=continuous has no code embeddings to initialize")
-        expected = (config.num_codebooks, config.codebook_size, config.latent_dim)
-        if tuple(codebooks.shape) != expected or config.latent_dim > config.code_embedding_dim:
-            raise ValueError(
-                f"codebooks of shape {tuple(codebooks.shape)} must be (num_codebooks, codebook_size, latent_dim)="
-                f"{expected} with latent_dim <= code_embedding_dim={config.code_embedding_dim}"
-            )
-        vectors = codebooks[: self.code_embedding.num_codebooks].to(self.code_embedding.table.weight)
-        vectors = vectors / self.statistics.latent_std
-        scale = 1.0 / vectors.var(dim=1).sum(dim=0).mean().sqrt().clamp(min=1e-6)
-        dim = config.latent_dim
-        self.code_embedding.table.weight[:, :dim] = (vectors * scale).flatten(0, 1)
-        if self.latent_head is not None:
-            self.latent_head.read_out.weight[:, :dim] = torch.eye(dim).to(vectors) / scale
-            self.latent_head.read_out.bias.copy_(-self.statistics.latent_mean / self.statistics.latent_std)
-
     def num_parameters(self) -> int:
         """Trainable parameters."""
         return sum(p.numel() for p in self.parameters())
@@ -462,14 +387,3 @@ def _alignment_loss(
         seen = text_mask.any(dim=1)  # a row whose text is hidden has nowhere to be
         loss = loss + place_loss(run.places, guide, lengths) * seen
     return loss
-
-
-def drop_conditions(
-    prefix_mask: Bool[Tensor, "B P"], probability: float, generator: torch.Generator | None = None
-) -> Bool[Tensor, "B P"]:
-    """Hide text and tags of each row with this probability: only the last column, `<audio>`, stays visible."""
-    where = generator.device if generator is not None else prefix_mask.device
-    dropped = torch.rand(prefix_mask.shape[0], 1, generator=generator, device=where).to(prefix_mask.device)
-    audio = torch.zeros_like(prefix_mask)
-    audio[:, -1] = True
-    return torch.where(dropped < probability, audio, prefix_mask)

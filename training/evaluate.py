@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 from hybridlm.checkpoint import Checkpoint, load_model
+from hybridlm.frame_nll import FrameNLL
 from hybridlm.likelihood import ClipNLL, LikelihoodReport, StreamLikelihood, clip_nlls, noise_latents, summarize
-from hybridlm.model import FrameNLL
 from tokenizer.errors import UserError
 from tokenizer.files import replacing
 from tokenizer.frames import AudioFrames

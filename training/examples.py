@@ -67,6 +67,17 @@ def make_prefix(
     return Prefix(prefix, mask, text_mask)
 
 
+def drop_conditions(
+    prefix_mask: Bool[Tensor, "B P"], probability: float, generator: torch.Generator | None = None
+) -> Bool[Tensor, "B P"]:
+    """Hide text and tags of each row with this probability: only the last column, `<audio>`, stays visible."""
+    where = generator.device if generator is not None else prefix_mask.device
+    dropped = torch.rand(prefix_mask.shape[0], 1, generator=generator, device=where).to(prefix_mask.device)
+    audio = torch.zeros_like(prefix_mask)
+    audio[:, -1] = True
+    return torch.where(dropped < probability, audio, prefix_mask)
+
+
 def places_in_text(
     text: TextTokenizer, words: str, frames: npt.NDArray[np.float32], length: int
 ) -> Float[Tensor, " L"]:
@@ -111,20 +122,6 @@ def with_latents(tokenizer: Tokenizer, frames: AudioFrames, latents: Float[Tenso
     with torch.autocast(latents.device.type, enabled=False):
         codes = tokenizer.quantize(latents)
     return AudioFrames(codes=codes, latents=latents, lengths=frames.lengths, features=frames.features)
-
-
-@torch.no_grad()
-def codebook_vectors(tokenizer: Tokenizer) -> Float[Tensor, "K V D"]:
-    """What each code adds to the dequantized latent after codes of 0: the codebooks, for a residual codec."""
-    size, vectors = tokenizer.codebook_size, []
-    before: Tensor | float = 0.0
-    for k in range(tokenizer.num_codebooks):
-        codes = torch.zeros(1, k + 1, size, dtype=torch.int64)
-        codes[0, k] = torch.arange(size)
-        latents = tokenizer.dequantize(codes.to(device_of(tokenizer)))[0].cpu()
-        vectors.append(latents - before)
-        before = latents[:1]
-    return torch.stack(vectors)
 
 
 def device_of(tokenizer: Tokenizer) -> torch.device:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from hybridlm.model import FrameNLL
+from hybridlm.frame_nll import FrameNLL
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,14 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from hybridlm.checkpoint import Checkpoint, resolve, save_model
-from hybridlm.config import ModelConfig
 from hybridlm.likelihood import noise_latents
-from hybridlm.model import HybridLM, drop_conditions
+from hybridlm.model import HybridLM
 from hybridlm.reader import Guide
 from tokenizer.errors import UserError
 from tokenizer.frames import AudioFrames, Tokenizer
 from tokenizer.loading import PRETRAINED, load_tokenizer
-from tokenizer.settings import from_mapping
 from tokenizer.text import TextTokenizer
 from training.align import read_alignments
 from training.corpus import CachedClip, TokenCache, Window
@@ -33,24 +31,20 @@ from training.examples import (
     MAX_PIECES,
     Prefix,
     clip_seed,
-    codebook_vectors,
     device_of,
+    drop_conditions,
     make_prefix,
     places_in_text,
     with_latents,
 )
 from training.language_loss import LanguageLossConfig, combine, sums
 from training.manifest import TagRule
+from training.new_model import new_model, taken_over
 from training.state import checkpoints
 from training.task import Batch, Sample
 
 Sampler = Callable[[HybridLM, Tokenizer, TextTokenizer], Sequence[Sample]]
 """Makes a model sound, for TensorBoard; given by the caller, for training does not know sampling."""
-
-DERIVED = (
-    *("vocab_size", "first_text_id", "num_codebooks", "codebook_size", "latent_dim", "feature_dim", "frame_rate_hz"),
-)
-"""Fields of `ModelConfig` that the tokenizer and the text model decide."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,7 +133,10 @@ class LanguageTask:
         self.text = start.text if start is not None else self._text(output)
         for tag in self.train_data.index.all_tags():
             self.text.tag_id(tag)
-        self.model = self._model(start)
+        if start is not None:
+            self.model = taken_over(start, config.model)
+        else:
+            self.model = new_model(config.model, self.tokenizer, self.text, self.train_data)
         self._alignments: dict[tuple[int, str], npt.NDArray[np.float32]] = {}
         if self.model.reader is not None and config.losses.alignment_weight > 0:
             for number, folder in enumerate(config.data.caches):
@@ -363,57 +360,6 @@ class LanguageTask:
         # A corpus without any text still needs pieces, since a prefix may be asked for.
         return TextTokenizer.train(sentences or ["a"], kept, vocab_size=settings.vocab_size, tags=tags)
 
-    def _model(self, start: Checkpoint | None) -> HybridLM:
-        given = self.config.model
-        for name in DERIVED:
-            if name in given:
-                raise UserError(f"language.model.{name} is decided by the tokenizer and the text; leave it out")
-        if start is not None:
-            config = from_mapping(ModelConfig, {**_fields(start.model.config), **given}, where="language.model")
-            model = HybridLM(config)
-            try:
-                model.load_state_dict(start.model.state_dict())
-            except RuntimeError as error:
-                raise UserError(
-                    f"language.model={given} does not fit the model's weights; change dropout, condition_dropout or "
-                    "history_noise alone"
-                ) from error
-            return model
-        tokenizer = self.tokenizer
-        derived = {
-            "vocab_size": self.text.vocab_size,
-            "first_text_id": self.text.first_text_id,
-            "num_codebooks": tokenizer.num_codebooks,
-            "codebook_size": tokenizer.codebook_size,
-            "latent_dim": tokenizer.latent_dim,
-            "feature_dim": self.train_data.feature_dim,
-            "frame_rate_hz": tokenizer.frame_rate_hz,
-        }
-        model = HybridLM(from_mapping(ModelConfig, {**given, **derived}, where="language.model"))
-        set_scale(model, self.train_data)
-        if model.config.uses_codes and tokenizer.latent_dim <= model.config.code_embedding_dim:
-            model.initialize_code_embeddings(codebook_vectors(tokenizer))
-        return model
-
-
-def set_scale(model: HybridLM, cache: TokenCache, max_frames: int = 50_000) -> None:
-    """Tell a new model the mean and standard deviation of latents and features, from clips throughout the cache."""
-    latents, features, seen = [], [], 0
-    order = torch.randperm(len(cache), generator=torch.Generator().manual_seed(0)).tolist()
-    for clip in order:
-        part = cache.read(Window(clip, 0, min(cache.num_frames(clip), 500)))
-        latents.append(part.latents)
-        features += [part.features] if part.features is not None else []
-        seen += len(part.latents)
-        if seen >= max_frames:
-            break
-    joined = torch.cat(latents)
-    scale: dict[str, Tensor] = {"latent_mean": joined.mean(dim=0), "latent_std": _std(joined)}
-    if features:
-        joined = torch.cat(features)
-        scale |= {"feature_mean": joined.mean(dim=0), "feature_std": _std(joined)}
-    model.set_statistics(**scale)
-
 
 def read_sentences(path: Path) -> list[str]:
     """Lines of a text file, or the `text` entries of a JSON-lines file.
@@ -431,11 +377,3 @@ def read_sentences(path: Path) -> list[str]:
         return [text for line in lines if isinstance(text := json.loads(line).get("text"), str)]
     except (ValueError, AttributeError) as error:
         raise UserError(f"text.sentences={path} is not a JSON-lines file ({error})") from error
-
-
-def _std(values: Tensor) -> Tensor:
-    return values.std(dim=0).clamp(min=1e-4)
-
-
-def _fields(config: ModelConfig) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in ModelConfig.__slots__}

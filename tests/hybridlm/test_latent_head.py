@@ -7,6 +7,7 @@ from torch import distributions
 from hybridlm.latent_head import GaussianMixture
 from hybridlm.model import HybridLM
 from tests.support.tiny_frames import CODEBOOKS, LATENT, SIZE, tiny_config, tiny_model
+from training.new_model import start_from_codebooks
 
 
 def _mixture(dim=2, components=3, rows=1, seed=0):
@@ -31,7 +32,7 @@ def test_log_prob_is_that_of_torch_distributions():
 
 def test_the_density_of_a_head_integrates_to_one():
     model = tiny_model(latent_dim=2)
-    model.set_statistics(latent_mean=torch.tensor([0.5, -0.5]), latent_std=torch.tensor([0.7, 1.5]))
+    model.statistics.set(latent_mean=torch.tensor([0.5, -0.5]), latent_std=torch.tensor([0.7, 1.5]))
     axis = torch.linspace(-12, 12, 481)
     grid = torch.cartesian_prod(axis, axis)
     with torch.no_grad():
@@ -106,9 +107,9 @@ def test_codebooks_written_into_the_embeddings_make_the_first_mean_the_dequantiz
     torch.manual_seed(0)
     model = HybridLM(tiny_config())
     if not normalized:
-        model.set_statistics(latent_mean=torch.randn(LATENT), latent_std=torch.rand(LATENT) + 1.0)
+        model.statistics.set(latent_mean=torch.randn(LATENT), latent_std=torch.rand(LATENT) + 1.0)
     codebooks = torch.randn(CODEBOOKS, SIZE, LATENT) * torch.tensor([1.0, 0.4, 0.2])[:, None, None]
-    model.initialize_code_embeddings(codebooks)
+    start_from_codebooks(model, codebooks)
     codes = torch.randint(0, SIZE, (200, CODEBOOKS))
     dequantized = sum(codebooks[k, codes[:, k]] for k in range(CODEBOOKS))
     with torch.no_grad():
@@ -124,14 +125,14 @@ def test_codebooks_written_into_the_embeddings_make_the_first_mean_the_dequantiz
 def test_codebooks_of_another_shape_are_refused():
     model = tiny_model()
     with pytest.raises(ValueError, match=r"shape \(3, 11, 4\) must be .*\(3, 11, 5\)"):
-        model.initialize_code_embeddings(torch.randn(CODEBOOKS, SIZE, LATENT - 1))
+        start_from_codebooks(model, torch.randn(CODEBOOKS, SIZE, LATENT - 1))
     with pytest.raises(ValueError, match="continuous has no code embeddings"):
-        tiny_model(representation="continuous").initialize_code_embeddings(torch.randn(CODEBOOKS, SIZE, LATENT))
+        start_from_codebooks(tiny_model(representation="continuous"), torch.randn(CODEBOOKS, SIZE, LATENT))
 
 
 def test_a_scale_that_is_not_positive_is_refused():
     with pytest.raises(ValueError, match="latent_std has the value 0, but must be positive"):
-        tiny_model().set_statistics(latent_std=torch.zeros(LATENT))
+        tiny_model().statistics.set(latent_std=torch.zeros(LATENT))
 
 
 def test_a_model_without_latents_has_no_density():

@@ -5,7 +5,7 @@ import torch
 
 from hybridlm.alignment import alignment_loss
 from hybridlm.fusion import history_noise
-from hybridlm.model import HybridLM, drop_conditions
+from hybridlm.model import HybridLM
 from tests.support.tiny_frames import (
     LENGTHS,
     PREFIX_LENGTHS,
@@ -17,6 +17,7 @@ from tests.support.tiny_frames import (
     tiny_prefix,
 )
 from tokenizer.frames import AudioFrames
+from training.examples import drop_conditions
 
 variants = pytest.mark.parametrize("variant", VARIANTS)
 ENDED = torch.tensor([True, False, True])
@@ -300,7 +301,7 @@ def test_the_scale_of_latents_is_taken_off_and_put_back():
     """A model told that latents are y = m + s * x scores y as the plain model scores x, but for the volume."""
     plain, scaled, frames = tiny_model(), tiny_model(), tiny_frames()
     mean, std = torch.randn(5), torch.rand(5) + 0.5
-    scaled.set_statistics(latent_mean=mean, latent_std=std)
+    scaled.statistics.set(latent_mean=mean, latent_std=std)
     for model in (plain, scaled):
         model.latent_head.scale_floor = 0.0
     shifted = dataclasses.replace(frames, latents=mean + std * frames.latents)

@@ -10,15 +10,16 @@ import pytest
 import torch
 
 from hybridlm.checkpoint import load_model
-from hybridlm.model import FrameNLL
+from hybridlm.frame_nll import FrameNLL
 from tests.support.toy_corpus import TINY_MODEL, write_cache
 from tokenizer.errors import UserError
 from tokenizer.settings import from_mapping
 from training.corpus import Window
-from training.examples import codebook_vectors, make_prefix
+from training.examples import make_prefix
 from training.language_loss import LanguageLossConfig, combine
 from training.language_task import LanguageTask, LanguageTaskConfig
 from training.loop import RunResult
+from training.new_model import codebook_vectors
 from training.run import train_mapping
 from training.state import checkpoints
 
