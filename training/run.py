@@ -10,6 +10,7 @@ import torch
 
 from training.config import apply_overrides, read_yaml, resolve
 from training.loop import RunResult, fit
+from training.task import Task
 
 if TYPE_CHECKING:
     from training.language_task import Sampler
@@ -36,15 +37,29 @@ def train_mapping(
     mapping: dict[str, Any], where: str, resume: bool = False, sampler: Sampler | None = None
 ) -> RunResult:
     """As `train`, from settings already read; `where` names them in messages."""
+    task: Task
     if mapping.get("task") == "tokenizer":
         from training.tokenizer_task import TokenizerTask, TokenizerTaskConfig
 
         run, task_config, resolved = resolve(mapping, TokenizerTaskConfig, where=where)
         torch.manual_seed(run.seed)
-        return fit(TokenizerTask(task_config), run, resolved, resume=resume)
-    from training.language_task import LanguageTask, LanguageTaskConfig
+        task = TokenizerTask(task_config)
+    elif mapping.get("task") == "representation":
+        from training.representation_task import RepresentationTask, RepresentationTaskConfig
 
-    run, task_config, resolved = resolve(mapping, LanguageTaskConfig, where=where)
-    torch.manual_seed(run.seed)
-    task = LanguageTask(task_config, sampler=sampler, output=Path(run.output))
+        run, task_config, resolved = resolve(mapping, RepresentationTaskConfig, where=where)
+        torch.manual_seed(run.seed)
+        task = RepresentationTask(task_config)
+    elif mapping.get("task") == "text":
+        from training.text_task import TextTask, TextTaskConfig
+
+        run, task_config, resolved = resolve(mapping, TextTaskConfig, where=where)
+        torch.manual_seed(run.seed)
+        task = TextTask(task_config, output=Path(run.output))
+    else:
+        from training.language_task import LanguageTask, LanguageTaskConfig
+
+        run, task_config, resolved = resolve(mapping, LanguageTaskConfig, where=where)
+        torch.manual_seed(run.seed)
+        task = LanguageTask(task_config, sampler=sampler, output=Path(run.output))
     return fit(task, run, resolved, resume=resume)

@@ -22,7 +22,8 @@ from tokenizer.adversary import (
 )
 from tokenizer.bottleneck import add_noise, coding_rate
 from tokenizer.errors import UserError
-from tokenizer.f3 import F3Config, F3Tokenizer
+from tokenizer.f3 import F3Tokenizer
+from tokenizer.f3_network import F3Config
 from tokenizer.loudness import LoudnessLoss
 from tokenizer.mel import MultiResolutionMelLoss
 from tokenizer.pitch import pitch_loss, track_pitch

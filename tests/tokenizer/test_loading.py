@@ -10,7 +10,8 @@ import torch
 
 from tokenizer.encodec import EncodecConfig, EncodecTokenizer
 from tokenizer.errors import UserError
-from tokenizer.f3 import F3Config, F3Tokenizer
+from tokenizer.f3 import F3Tokenizer
+from tokenizer.f3_network import F3Config
 from tokenizer.loading import load_tokenizer, read_weights, write_folder
 
 
