@@ -11,12 +11,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenizer.audio import audio_blocks
 from tokenizer.errors import UserError
@@ -44,6 +44,7 @@ class Frames(NamedTuple):
     """Valid frames per row."""
 
 
+@runtime_checkable
 class FrameSource(Protocol):
     """A frozen representation of audio."""
 
@@ -71,7 +72,7 @@ class LogMel:
     otherwise see little but the gap between means and deviations, and the floor would be too easy to beat.
     """
 
-    names = ("log-mel (floor)",)
+    names: tuple[str, ...] = ("log-mel (floor)",)
     sample_rate_hz = 24_000
 
     def __init__(self, device: str | torch.device = "cpu") -> None:
@@ -114,15 +115,12 @@ class TokenizerFrames:
         tokenizer: Where it computes is where its weights are.
         inputs: Views to give, of `INPUTS`.
         name: How tables call the tokenizer.
-        device: Where its weights are.
 
     Raises:
         UserError: `features` of a tokenizer that has none.
     """
 
-    def __init__(
-        self, tokenizer: Tokenizer, inputs: Sequence[Input], name: str, device: str | torch.device = "cpu"
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, inputs: Sequence[str], name: str) -> None:
         for wanted in inputs:
             if wanted not in INPUTS:
                 raise UserError(f"input={wanted!r} must be one of {', '.join(INPUTS)}")
@@ -131,22 +129,28 @@ class TokenizerFrames:
         self.names = tuple(f"{name} {wanted}" for wanted in inputs)
         self.sample_rate_hz = tokenizer.sample_rate_hz
         self.dims = tuple(tokenizer.feature_dim if wanted == "features" else tokenizer.latent_dim for wanted in inputs)
-        self._tokenizer, self._inputs, self._device = tokenizer, tuple(inputs), torch.device(device)
+        self._tokenizer, self._inputs = tokenizer, tuple(inputs)
 
     def encode(self, waveform: Float[Tensor, "B 1 S"], lengths: Int[Tensor, " B"]) -> Frames:
         """Frames of a padded batch; `lengths` in samples."""
-        return self._views(self._tokenizer.encode(waveform.to(self._device), lengths.to(self._device)))
+        device = self._device()
+        return self._views(self._tokenizer.encode(waveform.to(device), lengths.to(device)))
 
     def stream(self, blocks: Iterator[Float[Tensor, "B 1 S"]], batch_size: int = 1) -> Iterator[Frames]:
         """Frames of `batch_size` recordings of one length that arrive in pieces of any size."""
-        encoder = self._tokenizer.streaming_encoder(batch_size)
+        encoder, device = self._tokenizer.streaming_encoder(batch_size), self._device()
         for block in blocks:
-            yield self._views(encoder.push(block.to(self._device)))
+            yield self._views(encoder.push(block.to(device)))
         yield self._views(encoder.flush())
 
     def vector(self, mean: Float[Tensor, " D"], deviation: Float[Tensor, " D"]) -> Float[Tensor, " E"]:
         """The mean alone."""
         return mean
+
+    def _device(self) -> torch.device:
+        """Where the weights are now; `xares` moves them after this object is made."""
+        weights = self._tokenizer.parameters() if isinstance(self._tokenizer, nn.Module) else iter(())
+        return next((weight.device for weight in weights), torch.device("cpu"))
 
     def _views(self, frames: AudioFrames) -> Frames:
         views = []
@@ -170,7 +174,7 @@ def default_input(tokenizer: Tokenizer) -> Input:
 class Embeddings:
     """The vectors of the clips that could be read."""
 
-    vectors: dict[str, Float[Tensor, "N E"]]
+    vectors: dict[str, Float[Tensor, "N _"]]
     """By the view's name; float32, on the CPU."""
     kept: tuple[int, ...]
     """Which of the given clips the rows are, in their order."""
@@ -254,7 +258,7 @@ def _batches(pending: Sequence[tuple[int, Tensor]], limit: float) -> Iterator[li
         yield batch
 
 
-def _pooled_batch(waveforms: Sequence[Float[Tensor, "1 S"]], source: FrameSource) -> list[list[Tensor]]:
+def _pooled_batch(waveforms: Sequence[Float[Tensor, "1 _"]], source: FrameSource) -> list[list[Tensor]]:
     lengths = torch.tensor([waveform.shape[-1] for waveform in waveforms])
     padded = torch.zeros(len(waveforms), 1, int(lengths.max()))
     for row, waveform in enumerate(waveforms):
@@ -269,7 +273,7 @@ def _pooled_batch(waveforms: Sequence[Float[Tensor, "1 S"]], source: FrameSource
     ]
 
 
-def _pooled(pieces: Iterable[Frames], source: FrameSource) -> list[Float[Tensor, " E"]]:
+def _pooled(pieces: Iterable[Frames], source: FrameSource) -> list[Float[Tensor, " _"]]:
     """A vector a view, of all pieces of a recording."""
     count, totals = 0, []  # type: int, list[Tensor]
     for piece in pieces:

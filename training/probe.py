@@ -3,7 +3,7 @@
 Every table begins with a floor, the mean and standard deviation of a log-mel under the same protocol: what does not
 beat it has not understood anything. So each figure also comes as its difference from the floor, paired by clip.
 
-Shapes: N clips, E width of a vector.
+Shapes: N clips.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from hybridlm.checkpoint import load_codec
 from hybridlm.likelihood import Interval, bootstrap_ratio
+from tokenizer.errors import UserError
 from tokenizer.files import replacing
 from tokenizer.loading import resolve_device
 from tokenizer.settings import from_mapping
@@ -115,7 +116,7 @@ def run(
     wanted = from_mapping(ProbeTask, {name: value for name, value in task.items() if value}, where="probe")
     place = resolve_device(device)
     codec = load_codec(tokenizer, place)
-    source = TokenizerFrames(codec, (input or default_input(codec),), str(tokenizer), place)
+    source = TokenizerFrames(codec, (input or default_input(codec),), str(tokenizer))
     manifest = read_manifest(data)
     report = probe(
         manifest.clips,
@@ -162,11 +163,13 @@ def probe(
     chosen, notes = select(clips, task)
     make_plan(chosen, task, seed=seed)  # what is wrong with it is told before hours of encoding
     console = console or Console(stderr=True)
-    both: tuple[FrameSource, ...] = (LogMel(device), *sources)
-    found = [embed(chosen, source, console=console) for source in both]
+    everything: tuple[FrameSource, ...] = (LogMel(device), *sources)
+    found = [embed(chosen, source, console=console) for source in everything]
     problems = list(dict.fromkeys([*problems, *(problem for one in found for problem in one.problems)]))
     _tell(console, problems, notes)
     kept = sorted(set.intersection(*(set(one.kept) for one in found)))
+    if not kept:
+        raise UserError(f"none of the {len(chosen)} files could be read, the first: {problems[0]}")
     plan = make_plan([chosen[i] for i in kept], task, seed=seed)
     vectors: dict[str, Tensor] = {}
     for one in found:
@@ -177,7 +180,7 @@ def probe(
 
 def score(
     plan: Plan,
-    vectors: Mapping[str, Float[Tensor, "N E"]],
+    vectors: Mapping[str, Float[Tensor, "N _"]],
     *,
     methods: Sequence[Method] = METHODS,
     seed: int = 42,
@@ -302,11 +305,15 @@ def show(report: ProbeReport, data: str, console: Console) -> None:
     """Print conditions and table."""
     for line in (f"probe of {data}", *conditions(report)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    table = Table(box=None)
+    table = Table(box=None, pad_edge=False, collapse_padding=True)
     for name in COLUMNS:
         wide = name == "representation"  # a path, perhaps
         table.add_column(
-            name, justify="left" if wide or name == "method" else "right", no_wrap=not wide, overflow="fold"
+            name,
+            justify="left" if wide or name == "method" else "right",
+            no_wrap=not wide,
+            overflow="fold",
+            min_width=15 if wide else None,
         )
     for row in report.rows:
         table.add_row(*cells(row))
