@@ -35,6 +35,21 @@ class Source(str, Enum):
     latents = "latents"
 
 
+class View(str, Enum):
+    """Which view of a tokenizer's frames is probed."""
+
+    features = "features"
+    latents = "latents"
+    codes = "codes"
+
+
+class ProbeMethod(str, Enum):
+    """How a probe tells classes apart."""
+
+    linear = "linear"
+    knn = "knn"
+
+
 ModelOption = Annotated[
     str, typer.Option("--model", metavar="NAME_OR_DIR", help="'box', a model's folder or a hub id.")
 ]
@@ -225,6 +240,49 @@ def evaluate(
     from training.evaluate import run
 
     run(model, data, split, json_file)
+
+
+@app.command()
+def probe(
+    data: DataOption,
+    label: Annotated[str, typer.Option(metavar="KEY", help="The manifest's label to tell, such as emotion.")],
+    tokenizer: TokenizerOption = "box",
+    input: Annotated[
+        View | None, typer.Option(help="What is probed; features where the tokenizer has them, else latents.")
+    ] = None,
+    method: Annotated[ProbeMethod | None, typer.Option(help="A linear layer or nearest neighbours; both.")] = None,
+    where: Annotated[
+        list[str] | None, typer.Option(metavar="LABEL=VALUE", help="Only clips like this; may be repeated.")
+    ] = None,
+    folds: Annotated[
+        str | None, typer.Option(metavar="KEY_OR_N", help="Cross-validate over a label's values or N random folds.")
+    ] = None,
+    leave_out: Annotated[
+        str | None, typer.Option(metavar="KEY", help="Leave out one value of this label, such as speaker, at a time.")
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            help="Only clips of this split, with --folds or --leave-out; without them train is learned, test scored."
+        ),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; CUDA where there is one if not given.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the linear layer and of random folds.")] = 42,
+    json_file: JsonOption = None,
+) -> None:
+    """Measure what a tokenizer's frames tell of recordings: accuracy beside a log-mel floor, 95 % intervals."""
+    from training.probe import run
+
+    run(
+        tokenizer,
+        data,
+        {"label": label, "where": where, "folds": folds, "leave_out": leave_out, "split": split},
+        input=None if input is None else input.value,
+        method=None if method is None else method.value,
+        device=device,
+        seed=seed,
+        json_file=json_file,
+    )
 
 
 @app.command()

@@ -30,6 +30,10 @@ CONTRACT = {
     "train": {"config", "overrides", "--resume"},
     "finetune": {"--model", "--data", "--output", "overrides"},
     "evaluate": {"--model", "--data", "--split", "--json"},
+    "probe": {
+        *("--data", "--label", "--tokenizer", "--input", "--method", "--where", "--folds", "--leave-out", "--split"),
+        *("--device", "--seed", "--json"),
+    },
     "info": {"name_or_dir"},
 }
 
