@@ -25,7 +25,7 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 PRETRAINED = ("encodec", "encodec-causal")
 """Names that need no folder: the published EnCodec weights, as they are and with a causal start."""
-TYPES = ("encodec", "f3")
+TYPES = ("dasheng", "encodec", "f3")
 
 
 def load_tokenizer(name_or_dir: str | Path, device: str | torch.device = "cpu") -> Tokenizer:
@@ -59,6 +59,10 @@ def load_tokenizer(name_or_dir: str | Path, device: str | torch.device = "cpu") 
         from tokenizer.encodec import EncodecTokenizer
 
         return EncodecTokenizer.load(folder).to(device)
+    if kind == "dasheng":
+        from tokenizer.dasheng import DashengTokenizer
+
+        return DashengTokenizer.load(folder).to(device)
     from tokenizer.f3 import F3Tokenizer
 
     return F3Tokenizer.load(folder).to(device)
