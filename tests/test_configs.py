@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tokenizer.errors import UserError
 from training.config import apply_overrides, read_yaml, resolve
+from training.run import task_config
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
 
 
-def task_config(task: str) -> type[Any]:
-    if task == "tokenizer":
-        from training.tokenizer_task import TokenizerTaskConfig
-
-        return TokenizerTaskConfig
-    from training.language_task import LanguageTaskConfig
-
-    return LanguageTaskConfig
-
-
-def test_there_are_configs_of_both_tasks() -> None:
-    assert {read_yaml(path)["task"] for path in CONFIGS} == {"tokenizer", "language"}
+def test_there_are_configs_of_all_tasks() -> None:
+    tasks = {"tokenizer", "masked_spectrogram", "dasheng", "language"}
+    assert {read_yaml(path)["task"] for path in CONFIGS} == tasks
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

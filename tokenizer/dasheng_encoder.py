@@ -9,7 +9,7 @@ from the windowed positions; the last one is as short as what remains, as in Das
 instead fills the last of several windows with zeros). So a window is all that a frame sees, besides the half
 spectrogram window at each end of it.
 
-Shapes: B batch, T frames of one window or recording, M mel bands, H hops (`patch_hops` to a frame), C hidden, S samples.
+Shapes: B batch, T frames of a window or recording, M mel bands, H hops (`patch_hops` to a frame), C hidden, S samples.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class DashengEncoderConfig:
     window_frames: int = 252
     """Frames that attend to each other, and learned positions; fewer means less look-ahead."""
     dynamic_range_db: float = 120.0
-    """Energies lower than this below a window's maximum are raised to it. (Published: below the recording's maximum.)"""
+    """Energies further below a window's maximum are raised to this. (Published: below the recording's maximum.)"""
 
     def __post_init__(self) -> None:
         for field in fields(self):

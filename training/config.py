@@ -49,7 +49,7 @@ class OptimizerConfig:
 class RunConfig:
     """One training run."""
 
-    task: Literal["tokenizer", "language"]
+    task: Literal["tokenizer", "masked_spectrogram", "dasheng", "language"]
     output: str
     """Folder of the run: `checkpoints/`, `model/` (latest averaged weights), `best/`, `log.jsonl`, `tensorboard/`."""
     max_steps: int
@@ -84,6 +84,10 @@ class RunConfig:
     tensorboard: bool = True
     tokenizer_task: dict[str, Any] | None = None
     """Settings of `task: tokenizer` (training/tokenizer_task.py)."""
+    masked_spectrogram: dict[str, Any] | None = None
+    """Settings of `task: masked_spectrogram` (training/masked_spectrogram.py)."""
+    dasheng: dict[str, Any] | None = None
+    """Settings of `task: dasheng` (training/dasheng_task.py)."""
     language: dict[str, Any] | None = None
     """Settings of `task: language` (training/language_task.py)."""
 
@@ -185,7 +189,7 @@ def resolve(mapping: Mapping[str, Any], task_config: type, *, where: str) -> tup
     section = section_of(run.task)
     task: Any = from_mapping(task_config, getattr(run, section) or {}, where=f"{where}: {section}")
     resolved = _plain(dataclasses.asdict(run))
-    for other in ("tokenizer_task", "language"):
+    for other in ("tokenizer_task", "masked_spectrogram", "dasheng", "language"):
         resolved.pop(other)
     resolved[section] = _plain(dataclasses.asdict(task))
     return run, task, resolved
@@ -193,7 +197,7 @@ def resolve(mapping: Mapping[str, Any], task_config: type, *, where: str) -> tup
 
 def section_of(task: str) -> str:
     """Key of a task's own settings: a tokenizer under training would read as the tokenizer in use."""
-    return "tokenizer_task" if task == "tokenizer" else "language"
+    return "tokenizer_task" if task == "tokenizer" else task
 
 
 def changed_keys(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -10,6 +10,7 @@ import torch
 
 from training.config import apply_overrides, read_yaml, resolve
 from training.loop import RunResult, fit
+from training.task import Task
 
 if TYPE_CHECKING:
     from training.language_task import Sampler
@@ -36,15 +37,42 @@ def train_mapping(
     mapping: dict[str, Any], where: str, resume: bool = False, sampler: Sampler | None = None
 ) -> RunResult:
     """As `train`, from settings already read; `where` names them in messages."""
-    if mapping.get("task") == "tokenizer":
-        from training.tokenizer_task import TokenizerTask, TokenizerTaskConfig
-
-        run, task_config, resolved = resolve(mapping, TokenizerTaskConfig, where=where)
-        torch.manual_seed(run.seed)
-        return fit(TokenizerTask(task_config), run, resolved, resume=resume)
-    from training.language_task import LanguageTask, LanguageTaskConfig
-
-    run, task_config, resolved = resolve(mapping, LanguageTaskConfig, where=where)
+    run, settings, resolved = resolve(mapping, task_config(mapping.get("task")), where=where)
     torch.manual_seed(run.seed)
-    task = LanguageTask(task_config, sampler=sampler, output=Path(run.output))
+    task: Task
+    if run.task == "tokenizer":
+        from training.tokenizer_task import TokenizerTask
+
+        task = TokenizerTask(settings)
+    elif run.task == "masked_spectrogram":
+        from training.masked_spectrogram import MaskedSpectrogramTask
+
+        task = MaskedSpectrogramTask(settings)
+    elif run.task == "dasheng":
+        from training.dasheng_task import DashengTask
+
+        task = DashengTask(settings)
+    else:
+        from training.language_task import LanguageTask
+
+        task = LanguageTask(settings, sampler=sampler, output=Path(run.output))
     return fit(task, run, resolved, resume=resume)
+
+
+def task_config(task: object) -> type[Any]:
+    """The dataclass of a task's own settings; `language`'s for an unknown task, which `resolve` then refuses."""
+    if task == "tokenizer":
+        from training.tokenizer_task import TokenizerTaskConfig
+
+        return TokenizerTaskConfig
+    if task == "masked_spectrogram":
+        from training.masked_spectrogram import MaskedSpectrogramConfig
+
+        return MaskedSpectrogramConfig
+    if task == "dasheng":
+        from training.dasheng_task import DashengTaskConfig
+
+        return DashengTaskConfig
+    from training.language_task import LanguageTaskConfig
+
+    return LanguageTaskConfig
