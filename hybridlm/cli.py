@@ -173,13 +173,16 @@ def prepare(
     tokenizer: TokenizerOption = "box",
     workers: Annotated[int, typer.Option(metavar="N", help="Threads that decode.")] = 2,
     audio: Annotated[bool, typer.Option("--audio", help="Keep the audio itself, to train a tokenizer on.")] = False,
+    sample_rate: Annotated[
+        int, typer.Option(metavar="HZ", min=1000, help="Rate of the audio kept by --audio.")
+    ] = 24_000,
 ) -> None:
     """Turn a corpus into tokens on disk, to train a language model on."""
     from training.prepare import prepare as prepare_tokens
     from training.prepare import prepare_audio
 
     if audio:
-        prepare_audio(source, output, workers=workers)
+        prepare_audio(source, output, sample_rate_hz=sample_rate, workers=workers)
     else:
         prepare_tokens(source, output, tokenizer, workers=workers)
 

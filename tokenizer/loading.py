@@ -25,7 +25,7 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 PRETRAINED = ("encodec", "encodec-causal")
 """Names that need no folder: the published EnCodec weights, as they are and with a causal start."""
-TYPES = ("encodec", "f3")
+TYPES = ("dasheng", "encodec", "f3")
 
 
 def load_tokenizer(name_or_dir: str | Path, device: str | torch.device = "cpu") -> Tokenizer:
@@ -48,6 +48,11 @@ def load_tokenizer(name_or_dir: str | Path, device: str | torch.device = "cpu") 
         config = EncodecConfig(start="reflect" if str(name_or_dir) == "encodec" else "silence")
         return EncodecTokenizer.pretrained(config).to(device)
     folder = Path(name_or_dir)
+    if _is_published_dasheng(name_or_dir):
+        raise UserError(
+            f"tokenizer '{name_or_dir}' has no latents and codes yet; train them with configs/dasheng-published.yaml "
+            "and give the run's model folder"
+        )
     if not folder.is_dir():
         names = " or ".join(f"'{name}'" for name in PRETRAINED)
         raise UserError(f"tokenizer '{name_or_dir}' is not a folder; give a folder with {CONFIG_FILE}, or {names}")
@@ -59,9 +64,20 @@ def load_tokenizer(name_or_dir: str | Path, device: str | torch.device = "cpu") 
         from tokenizer.encodec import EncodecTokenizer
 
         return EncodecTokenizer.load(folder).to(device)
+    if kind == "dasheng":
+        from tokenizer.dasheng import DashengTokenizer
+
+        return DashengTokenizer.load(folder).to(device)
     from tokenizer.f3 import F3Tokenizer
 
     return F3Tokenizer.load(folder).to(device)
+
+
+def _is_published_dasheng(name_or_dir: str | Path) -> bool:
+    path = Path(name_or_dir) / CONFIG_FILE
+    if path.is_file():
+        return read_json(path).get("model_type") in ("dasheng", "dashengtokenizer")
+    return str(name_or_dir).startswith("mispeech/dasheng")
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -49,7 +49,7 @@ class OptimizerConfig:
 class RunConfig:
     """One training run."""
 
-    task: Literal["tokenizer", "language", "representation", "text"]
+    task: Literal["tokenizer", "masked_spectrogram", "dasheng", "representation", "text", "language"]
     output: str
     """Folder of the run: `checkpoints/`, `model/` (latest averaged weights), `best/`, `log.jsonl`, `tensorboard/`."""
     max_steps: int
@@ -84,6 +84,10 @@ class RunConfig:
     tensorboard: bool = True
     tokenizer_task: dict[str, Any] | None = None
     """Settings of `task: tokenizer` (training/tokenizer_task.py)."""
+    masked_spectrogram: dict[str, Any] | None = None
+    """Settings of `task: masked_spectrogram` (training/masked_spectrogram.py)."""
+    dasheng: dict[str, Any] | None = None
+    """Settings of `task: dasheng` (training/dasheng_task.py)."""
     language: dict[str, Any] | None = None
     """Settings of `task: language` (training/language_task.py)."""
     representation: dict[str, Any] | None = None
@@ -197,9 +201,11 @@ def resolve(mapping: Mapping[str, Any], task_config: type, *, where: str) -> tup
 
 SECTIONS = {
     "tokenizer": "tokenizer_task",
-    "language": "language",
+    "masked_spectrogram": "masked_spectrogram",
+    "dasheng": "dasheng",
     "representation": "representation",
     "text": "text",
+    "language": "language",
 }
 """Key of each task's own settings: a tokenizer under training would read as the tokenizer in use."""
 

@@ -49,6 +49,14 @@ def task_parts(name: str) -> tuple[type, Callable[[Any, RunConfig, Sampler | Non
         from training.tokenizer_task import TokenizerTask, TokenizerTaskConfig
 
         return TokenizerTaskConfig, lambda config, run, sampler: TokenizerTask(config)
+    if name == "masked_spectrogram":
+        from training.masked_spectrogram import MaskedSpectrogramConfig, MaskedSpectrogramTask
+
+        return MaskedSpectrogramConfig, lambda config, run, sampler: MaskedSpectrogramTask(config)
+    if name == "dasheng":
+        from training.dasheng_task import DashengTask, DashengTaskConfig
+
+        return DashengTaskConfig, lambda config, run, sampler: DashengTask(config)
     if name == "representation":
         from training.representation_task import RepresentationTask, RepresentationTaskConfig
 
