@@ -110,7 +110,7 @@ class TransposedConvStream:
 
     def __init__(self, conv: nn.ConvTranspose1d, *, left: int, right: int) -> None:
         assert conv.kernel_size[0] == 2 * conv.stride[0]
-        assert 0 <= min(left, right) and max(left, right) <= conv.stride[0]
+        assert min(left, right) >= 0 and max(left, right) <= conv.stride[0]
         self.conv, self.left, self.right = conv, left, right
         self.stride = conv.stride[0]
         self.previous: Tensor | None = None
