@@ -17,6 +17,8 @@ from tokenizer.errors import UserError
 from tokenizer.streaming import Chain
 
 MODEL_TYPES = ("encodec", "mimi", "dac")
+MINIMUM = (5, 23)
+"""Version of `transformers` whose modules the streams know."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,12 +74,7 @@ def build_codec(config: HuggingFaceConfig) -> tuple[Codec, dict[str, Any], Calla
         UserError: `transformers` is missing, or the configuration is not one that it or we can take.
     """
     kind, wanted = config.codec["model_type"], config.num_codebooks
-    try:
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            f"tokenizer of type 'hf' ({kind}) needs the package transformers; install hybridlm[hf]"
-        ) from error
+    _require_transformers(kind)
     rename: Callable[[str], str] = str
     codec: Codec
     try:
@@ -102,6 +99,18 @@ def build_codec(config: HuggingFaceConfig) -> tuple[Codec, dict[str, Any], Calla
     if wanted is not None and wanted > codec.available_codebooks:
         raise UserError(f"num_codebooks={wanted} must be from 1 to {codec.available_codebooks}, what the codec has")
     return codec, {name: getattr(codec.model.config, name) for name in fields}, rename
+
+
+def _require_transformers(kind: str) -> None:
+    remedy = "install hybridlm[hf], on Python 3.11 or newer"
+    try:
+        import transformers
+    except ImportError as error:
+        raise UserError(f"tokenizer of type 'hf' ({kind}) needs the package transformers; {remedy}") from error
+    found = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    if found < MINIMUM:
+        wanted = ".".join(map(str, MINIMUM))
+        raise UserError(f"transformers {transformers.__version__} must be {wanted} or newer for {kind}; {remedy}")
 
 
 def check_type(codec: Mapping[str, Any], where: str) -> None:

@@ -282,3 +282,8 @@ def test_without_the_package_transformers(folder: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(builtins, "__import__", refuse)
     assert "needs the package transformers; install hybridlm[hf]" in refusal(f"hf:{folder}")
+
+
+def test_an_old_version_of_transformers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.__version__", "5.9.1")
+    assert "transformers 5.9.1 must be 5.23 or newer for dac; install hybridlm[hf]" in refusal(f"hf:{folder}")
