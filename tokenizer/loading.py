@@ -56,7 +56,7 @@ def load_tokenizer(name_or_dir: str | Path, device: str | torch.device = "cpu") 
         return HuggingFaceTokenizer.pretrained(str(name_or_dir)).to(device)
     folder = Path(name_or_dir)
     if not folder.is_dir():
-        names = ", ".join(f"'{name}'" for name in PRETRAINED)
+        names = " or ".join(f"'{name}'" for name in PRETRAINED)
         raise UserError(
             f"tokenizer '{name_or_dir}' is not a folder; give a folder with {CONFIG_FILE}, {names}, or "
             f"{HUGGING_FACE}ID for a codec of the Hugging Face hub"
