@@ -55,7 +55,11 @@ ModelOption = Annotated[
 ]
 TokenizerOption = Annotated[
     str,
-    typer.Option("--tokenizer", metavar="NAME_OR_DIR", help="'box', 'encodec', or a tokenizer's or model's folder."),
+    typer.Option(
+        "--tokenizer",
+        metavar="NAME_OR_DIR",
+        help="'box', 'encodec', 'hf:' and a codec's hub id or folder, or a tokenizer's or model's folder.",
+    ),
 ]
 DataOption = Annotated[
     Path, typer.Option("--data", metavar="FOLDER_OR_MANIFEST", help="A folder of audio, or a JSONL manifest.")
