@@ -119,7 +119,7 @@ def generate(
     temperature: Annotated[float | None, typer.Option(help="Below 1: safer; above: wilder.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Draw codes from the k likeliest.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw codes from the likeliest that add up to p.")] = None,
-    cfg: Annotated[float | None, typer.Option(help="Strength of classifier-free guidance.")] = None,
+    cfg: Annotated[float | None, typer.Option(help="Strength of classifier-free guidance; 3 with a text.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; CUDA where there is one if not given.")] = None,
     output: Annotated[Path, typer.Option(metavar="FILE", help="WAV or FLAC; a spectrogram PNG goes beside it.")] = Path(
         "output.wav"

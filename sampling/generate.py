@@ -48,7 +48,7 @@ class Request:
     prefix: Sequence[int]
     """Ids of tags and text, ending in <audio>."""
     unconditional: Sequence[int]
-    """The prefix of a row without condition."""
+    """The prefix of a row without what guidance strengthens."""
     prompt: AudioFrames | None
     """One row of frames that the drawn ones follow."""
     context_frames: int
@@ -57,6 +57,7 @@ class Request:
     seeds: Sequence[int]
     """One per row."""
     controls: Controls
+    """Without a `cfg`, nothing is guided."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,9 +98,10 @@ class FrameLoop:
     @torch.inference_mode()
     def __init__(self, model: HybridLM, request: Request) -> None:
         self.model, self.controls = model, request.controls
+        self.cfg = self.controls.guidance(with_text=False)
         self.rows = len(request.seeds)
         self.device = next(model.parameters()).device
-        self.guided = request.controls.cfg != 1.0 and list(request.prefix) != list(request.unconditional)
+        self.guided = self.cfg != 1.0 and list(request.prefix) != list(request.unconditional)
         # On the CPU, so that a seed means the same on every device.
         self.generators = [torch.Generator().manual_seed(seed) for seed in request.seeds]
         self.active = torch.ones(self.rows, dtype=torch.bool, device=self.device)
@@ -123,10 +125,10 @@ class FrameLoop:
                 self.generators,
                 lambda logits: restrict(logits, controls),
                 unconditional=free,
-                cfg=controls.cfg,
+                cfg=self.cfg,
             )
         if config.predicts_latents:
-            latents = _draw_latents(model, conditional, free, codes, self.generators, controls)
+            latents = _draw_latents(model, conditional, free, codes, self.generators, controls, self.cfg)
         return Drawn(
             codes=None if codes is None else codes[:, :, None],
             latents=None if latents is None else latents[:, None],
@@ -179,6 +181,7 @@ def _draw_latents(
     codes: Int[Tensor, "B K"] | None,
     generators: Sequence[torch.Generator],
     controls: Controls,
+    cfg: float,
 ) -> Float[Tensor, "B D"]:
     mixture = model.latent_head.distribution(conditional, codes)
     if free is None or codes is not None:
@@ -186,7 +189,7 @@ def _draw_latents(
     candidates = torch.stack([_draw(mixture, generators, controls) for _ in range(controls.num_candidates)], dim=1)
     unguided = model.latent_head.distribution(free, None)
     ratio = torch.stack([mixture.log_prob(z) - unguided.log_prob(z) for z in candidates.unbind(dim=1)], dim=1)  # (B, N)
-    chosen = draw((controls.cfg - 1.0) * ratio, row_uniforms(generators, 1, candidates.device)[:, 0])
+    chosen = draw((cfg - 1.0) * ratio, row_uniforms(generators, 1, candidates.device)[:, 0])
     return candidates[torch.arange(len(chosen), device=chosen.device), chosen]
 
 

@@ -212,13 +212,14 @@ class AudioModel:
             limits = Limits(minimum=exact, maximum=exact)
         return Request(
             prefix=self.text.encode(text or "", list(tags)),
-            unconditional=self.text.encode("", []),
+            # With a text it is the text alone that guidance strengthens, not the voice.
+            unconditional=self.text.encode("", list(tags) if text is not None else []),
             prompt=None if audio is None else self._encode(audio),
             # What lies further back than the model's longest sequence is kept in the result, but not looked at.
             context_frames=max(1, config.max_frames - limits.maximum),
             limits=limits,
             seeds=tuple(seed + row for row in range(num_samples)),
-            controls=controls,
+            controls=replace(controls, cfg=controls.guidance(with_text=text is not None and config.uses_codes)),
         )
 
     def _speech_limits(self, text: str, duration: float | None) -> Limits:

@@ -1,4 +1,5 @@
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -6,7 +7,9 @@ import soundfile
 import torch
 
 from hybridlm.checkpoint import save_model
-from sampling.controls import Controls
+from hybridlm.model import HybridLM
+from sampling.controls import TEXT_GUIDANCE, Controls
+from sampling.generate import Drawn, Request, generate_frames
 from sampling.pipeline import FASTEST_SECONDS_PER_BYTE, SLACK_SECONDS, SLOWEST_SECONDS_PER_BYTE, load
 from tests.support.tiny_audio_model import tiny_model
 from tokenizer.errors import UserError
@@ -210,3 +213,24 @@ def test_a_saved_model_makes_the_same_audio(tmp_path: Path) -> None:
     ours, theirs = (m.generate(text="good morning", seed=1, duration=0.5) for m in (model, again))
     assert torch.equal(ours.waveform, theirs.waveform)
     assert torch.equal(ours.frames.codes, theirs.frames.codes)
+
+
+def test_speech_is_guided_by_its_text_alone_unless_asked_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = tiny_model(), []
+
+    def spy(lm: HybridLM, request: Request) -> Iterator[Drawn]:
+        seen.append(request)
+        return generate_frames(lm, request)
+
+    monkeypatch.setattr("sampling.pipeline.generate_frames", spy)
+    default = model.generate(text="how are you", tags=["speech"], duration=0.2)
+    strong = model.generate(text="how are you", tags=["speech"], duration=0.2, cfg=TEXT_GUIDANCE)
+    plain = model.generate(text="how are you", tags=["speech"], duration=0.2, cfg=1.0)
+    assert torch.equal(default.frames.codes, strong.frames.codes)
+    assert not torch.equal(default.frames.codes, plain.frames.codes)
+    assert list(seen[0].unconditional) == model.text.encode(None, ["speech"])
+    music = model.generate(tags=["music"], duration=0.2)
+    assert torch.equal(music.frames.codes, model.generate(tags=["music"], duration=0.2, cfg=1.0).frames.codes)
+    assert list(seen[3].unconditional) == model.text.encode(None, [])
+    tiny_model("continuous").generate(text="how are you", duration=0.2)
+    assert seen[-1].controls.cfg == 1.0  # without codes there is nothing to extrapolate: only when asked for
