@@ -26,7 +26,7 @@ from hybridlm.config import ModelConfig
 from hybridlm.model import HybridLM
 from tokenizer.errors import UserError
 from tokenizer.frames import Tokenizer
-from tokenizer.loading import load_tokenizer, read_json, resolve_device
+from tokenizer.loading import HUGGING_FACE, load_tokenizer, read_json, resolve_device
 from tokenizer.settings import from_mapping
 from tokenizer.text import TextTokenizer
 
@@ -55,6 +55,8 @@ def resolve(name_or_dir: str | Path) -> Path:
         if not BOX_FOLDER.is_dir():
             raise UserError(f"model 'box' is missing: this installation has no {BOX_FOLDER}; reinstall hybridlm")
         return BOX_FOLDER
+    if str(name_or_dir).startswith(HUGGING_FACE):
+        raise UserError(f"{str(name_or_dir)!r} is a tokenizer, not a model; give it where a tokenizer is asked for")
     folder = Path(name_or_dir)
     if folder.is_dir():
         return folder

@@ -35,12 +35,31 @@ class Source(str, Enum):
     latents = "latents"
 
 
+class View(str, Enum):
+    """Which view of a tokenizer's frames is probed."""
+
+    features = "features"
+    latents = "latents"
+    codes = "codes"
+
+
+class ProbeMethod(str, Enum):
+    """How a probe tells classes apart."""
+
+    linear = "linear"
+    knn = "knn"
+
+
 ModelOption = Annotated[
     str, typer.Option("--model", metavar="NAME_OR_DIR", help="'box', a model's folder or a hub id.")
 ]
 TokenizerOption = Annotated[
     str,
-    typer.Option("--tokenizer", metavar="NAME_OR_DIR", help="'box', 'encodec', or a tokenizer's or model's folder."),
+    typer.Option(
+        "--tokenizer",
+        metavar="NAME_OR_DIR",
+        help="'box', 'encodec', 'hf:' and a codec's hub id or folder, or a tokenizer's or model's folder.",
+    ),
 ]
 DataOption = Annotated[
     Path, typer.Option("--data", metavar="FOLDER_OR_MANIFEST", help="A folder of audio, or a JSONL manifest.")
@@ -158,13 +177,16 @@ def prepare(
     tokenizer: TokenizerOption = "box",
     workers: Annotated[int, typer.Option(metavar="N", help="Threads that decode.")] = 2,
     audio: Annotated[bool, typer.Option("--audio", help="Keep the audio itself, to train a tokenizer on.")] = False,
+    sample_rate: Annotated[
+        int, typer.Option(metavar="HZ", min=1000, help="Rate of the audio kept by --audio.")
+    ] = 24_000,
 ) -> None:
     """Turn a corpus into tokens on disk, to train a language model on."""
     from training.prepare import prepare as prepare_tokens
     from training.prepare import prepare_audio
 
     if audio:
-        prepare_audio(source, output, workers=workers)
+        prepare_audio(source, output, sample_rate_hz=sample_rate, workers=workers)
     else:
         prepare_tokens(source, output, tokenizer, workers=workers)
 
@@ -225,6 +247,49 @@ def evaluate(
     from training.evaluate import run
 
     run(model, data, split, json_file)
+
+
+@app.command()
+def probe(
+    data: DataOption,
+    label: Annotated[str, typer.Option(metavar="KEY", help="The manifest's label to tell, such as emotion.")],
+    tokenizer: TokenizerOption = "box",
+    input: Annotated[
+        View | None, typer.Option(help="What is probed; features where the tokenizer has them, else latents.")
+    ] = None,
+    method: Annotated[ProbeMethod | None, typer.Option(help="A linear layer or nearest neighbours; both.")] = None,
+    where: Annotated[
+        list[str] | None, typer.Option(metavar="LABEL=VALUE", help="Only clips like this; may be repeated.")
+    ] = None,
+    folds: Annotated[
+        str | None, typer.Option(metavar="KEY_OR_N", help="Cross-validate over a label's values or N random folds.")
+    ] = None,
+    leave_out: Annotated[
+        str | None, typer.Option(metavar="KEY", help="Leave out one value of this label, such as speaker, at a time.")
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            help="Only clips of this split, with --folds or --leave-out; without them train is learned, test scored."
+        ),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; CUDA where there is one if not given.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the linear layer and of random folds.")] = 42,
+    json_file: JsonOption = None,
+) -> None:
+    """Measure what a tokenizer's frames tell of recordings: accuracy beside a log-mel floor, 95 % intervals."""
+    from training.probe import run
+
+    run(
+        tokenizer,
+        data,
+        {"label": label, "where": where, "folds": folds, "leave_out": leave_out, "split": split},
+        input=None if input is None else input.value,
+        method=None if method is None else method.value,
+        device=device,
+        seed=seed,
+        json_file=json_file,
+    )
 
 
 @app.command()

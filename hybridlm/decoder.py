@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hybridlm.config import ModelConfig
+from tokenizer.transformer import SwiGLU, rotary, rotate
 
 AttentionBackend = Literal["sdpa", "flash-attn"]
 INIT_STD = 0.02
@@ -78,22 +79,6 @@ def _grow(like: Tensor, old: Tensor | None, length: int, block: int = 256) -> Te
     if old is not None:
         new[:, :, : old.shape[2]] = old
     return new
-
-
-def rotary(
-    positions: Int[Tensor, "B L"], head_dim: int, theta: float, dtype: torch.dtype
-) -> tuple[Float[Tensor, "B 1 L E"], Float[Tensor, "B 1 L E"]]:
-    """Cosines and sines of the rotary angles (Su et al. 2021), the halves laid out as in Llama."""
-    frequencies = theta ** (torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / -head_dim)
-    angles = positions[:, None, :, None].float() * frequencies
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(x: Float[Tensor, "B H L E"], cos: Tensor, sin: Tensor) -> Float[Tensor, "B H L E"]:
-    """Turn each pair (x_i, x_{i + E/2}) by its angle."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 class Attention(nn.Module):
@@ -158,19 +143,6 @@ class Attention(nn.Module):
         scores = (queries @ keys.transpose(-1, -2)).float() / math.sqrt(self.head_dim)
         # A finite filling keeps rows without text free of NaN; the loss gives those rows no weight.
         return scores.masked_fill(~text.mask[:, None, None], -1e4).softmax(dim=-1)
-
-
-class SwiGLU(nn.Module):
-    """down(silu(gate x) * up x), gate and up in one matrix."""
-
-    def __init__(self, dim: int, ffn_dim: int) -> None:
-        super().__init__()
-        self.gate_up = nn.Linear(dim, 2 * ffn_dim, bias=False)
-        self.down = nn.Linear(ffn_dim, dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
 
 
 class ResidualSwiGLU(nn.Module):

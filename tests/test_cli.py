@@ -26,10 +26,14 @@ CONTRACT = {
         *("--top-k", "--top-p", "--cfg", "--device", "--output"),
     },
     "reconstruct": {"input", "output", "--tokenizer", "--from", "--num-codebooks", "--json"},
-    "prepare": {"source", "--output", "--tokenizer", "--workers", "--audio"},
+    "prepare": {"source", "--output", "--tokenizer", "--workers", "--audio", "--sample-rate"},
     "train": {"config", "overrides", "--resume"},
     "finetune": {"--model", "--data", "--output", "overrides"},
     "evaluate": {"--model", "--data", "--split", "--json"},
+    "probe": {
+        *("--data", "--label", "--tokenizer", "--input", "--method", "--where", "--folds", "--leave-out", "--split"),
+        *("--device", "--seed", "--json"),
+    },
     "info": {"name_or_dir"},
 }
 

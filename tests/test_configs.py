@@ -3,34 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tokenizer.errors import UserError
-from training.config import apply_overrides, read_yaml, resolve
+from training.config import SECTIONS, apply_overrides, read_yaml, resolve
+from training.run import task_parts
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
 
 
-def task_config(task: str) -> type[Any]:
-    if task == "tokenizer":
-        from training.tokenizer_task import TokenizerTaskConfig
-
-        return TokenizerTaskConfig
-    from training.language_task import LanguageTaskConfig
-
-    return LanguageTaskConfig
-
-
-def test_there_are_configs_of_both_tasks() -> None:
-    assert {read_yaml(path)["task"] for path in CONFIGS} == {"tokenizer", "language"}
+def test_there_are_configs_of_all_tasks() -> None:
+    assert {read_yaml(path)["task"] for path in CONFIGS} == set(SECTIONS)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_shipped_config_resolves(path: Path) -> None:
     mapping = read_yaml(path)
-    run, _, resolved = resolve(mapping, task_config(mapping["task"]), where=str(path))
+    run, _, resolved = resolve(mapping, task_parts(mapping["task"])[0], where=str(path))
     assert run.task == mapping["task"]
     assert resolved["max_steps"] == mapping["max_steps"]
 
@@ -39,4 +29,4 @@ def test_a_shipped_config_resolves(path: Path) -> None:
 def test_a_wrong_key_is_told_with_the_nearest_one(path: Path) -> None:
     mapping = apply_overrides(read_yaml(path), ["max_step=1"])
     with pytest.raises(UserError, match="unknown key 'max_step'; did you mean 'max_steps'"):
-        resolve(mapping, task_config(mapping["task"]), where=str(path))
+        resolve(mapping, task_parts(mapping["task"])[0], where=str(path))

@@ -31,13 +31,14 @@ from encodec.quantization import ResidualVectorQuantizer
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tokenizer.encodec_stream import Chain, stream_seanet
+from tokenizer.encodec_stream import stream_seanet
 from tokenizer.encodec_weights import find_checkpoint, read_checkpoint
 from tokenizer.errors import UserError
 from tokenizer.frames import AudioFrames, Source
 from tokenizer.loading import WEIGHTS_FILE, read_config, read_weights, write_folder
 from tokenizer.mel import CausalLogMel
 from tokenizer.settings import from_mapping
+from tokenizer.streaming import Chain
 
 REFLECTED_FRAMES = 6
 """Frames that the reflection at the left edge of the convolutions at the frame rate reaches ahead."""

@@ -25,7 +25,9 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 PRETRAINED = ("encodec", "encodec-causal")
 """Names that need no folder: the published EnCodec weights, as they are and with a causal start."""
-TYPES = ("encodec", "f3")
+HUGGING_FACE = "hf:"
+"""Before a hub id or a folder: a codec of `transformers`, as it publishes them."""
+TYPES = ("dasheng", "encodec", "f3", "hf")
 
 
 def load_tokenizer(name_or_dir: str | Path, device: str | torch.device = "cpu") -> Tokenizer:
@@ -33,8 +35,9 @@ def load_tokenizer(name_or_dir: str | Path, device: str | torch.device = "cpu") 
 
     Args:
         name_or_dir: `encodec` (published weights, the package's own frames), `encodec-causal` (the same weights,
-            started on silence so that no frame looks ahead), or a folder with `config.json` and `model.safetensors`.
-            A model's folder counts as the `tokenizer` folder inside it.
+            started on silence so that no frame looks ahead), `hf:` and the hub id or folder of a codec of
+            `transformers` (`hf:kyutai/mimi`), or a folder with `config.json` and `model.safetensors`. A model's folder
+            counts as the `tokenizer` folder inside it.
         device: Where its weights live, such as `cpu` or `cuda:0`.
 
     Raises:
@@ -47,10 +50,22 @@ def load_tokenizer(name_or_dir: str | Path, device: str | torch.device = "cpu") 
 
         config = EncodecConfig(start="reflect" if str(name_or_dir) == "encodec" else "silence")
         return EncodecTokenizer.pretrained(config).to(device)
+    if str(name_or_dir).startswith(HUGGING_FACE):
+        from tokenizer.huggingface import HuggingFaceTokenizer
+
+        return HuggingFaceTokenizer.pretrained(str(name_or_dir)).to(device)
     folder = Path(name_or_dir)
+    if _is_published_dasheng(name_or_dir):
+        raise UserError(
+            f"tokenizer '{name_or_dir}' has no latents and codes yet; train them with configs/dasheng-published.yaml "
+            "and give the run's model folder"
+        )
     if not folder.is_dir():
         names = " or ".join(f"'{name}'" for name in PRETRAINED)
-        raise UserError(f"tokenizer '{name_or_dir}' is not a folder; give a folder with {CONFIG_FILE}, or {names}")
+        raise UserError(
+            f"tokenizer '{name_or_dir}' is not a folder; give a folder with {CONFIG_FILE}, {names}, or "
+            f"{HUGGING_FACE}ID for a codec of the Hugging Face hub"
+        )
     if not (folder / CONFIG_FILE).is_file() or "type" not in read_json(folder / CONFIG_FILE):
         inner = folder / "tokenizer"
         folder = inner if (inner / CONFIG_FILE).is_file() else folder
@@ -59,9 +74,29 @@ def load_tokenizer(name_or_dir: str | Path, device: str | torch.device = "cpu") 
         from tokenizer.encodec import EncodecTokenizer
 
         return EncodecTokenizer.load(folder).to(device)
+    if kind == "dasheng":
+        from tokenizer.dasheng import DashengTokenizer
+
+        return DashengTokenizer.load(folder).to(device)
+    if kind == "hf":
+        from tokenizer.huggingface import HuggingFaceTokenizer
+
+        return HuggingFaceTokenizer.load(folder).to(device)
     from tokenizer.f3 import F3Tokenizer
 
     return F3Tokenizer.load(folder).to(device)
+
+
+def _is_published_dasheng(name_or_dir: str | Path) -> bool:
+    path = Path(name_or_dir) / CONFIG_FILE
+    if path.is_file():
+        return read_json(path).get("model_type") in ("dasheng", "dashengtokenizer")
+    return str(name_or_dir).startswith("mispeech/dasheng")
+
+
+def needs_no_folder(name: str | Path) -> bool:
+    """Whether `name` is one that `load_tokenizer` finds by itself, and neither a folder nor a model's name."""
+    return str(name) in PRETRAINED or str(name).startswith(HUGGING_FACE)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -75,6 +110,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"tokenizer folder {folder} has no {CONFIG_FILE}; give the folder that holds it")
     config = read_json(path)
     kind = config.get("type")
+    if kind is None and "model_type" in config:
+        raise UserError(
+            f"{path} is of transformers (model_type={config['model_type']!r}); give its folder as "
+            f"{HUGGING_FACE}{folder}"
+        )
     if kind not in TYPES:
         near = difflib.get_close_matches(str(kind), TYPES, n=1, cutoff=0.0)[0]
         known = ", ".join(f"'{name}'" for name in TYPES)

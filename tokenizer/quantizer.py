@@ -38,7 +38,9 @@ class ResidualQuantizer(nn.Module):
             index = _nearest(residual, codebook)
             residual = residual - codebook[index]
             codes.append(index)
-        return torch.stack(codes, dim=-1).reshape(z.shape[0], z.shape[1], -1).transpose(1, 2).contiguous()
+        return (
+            torch.stack(codes, dim=-1).reshape(z.shape[0], z.shape[1], self.num_codebooks).transpose(1, 2).contiguous()
+        )
 
     def decode(self, codes: Int[Tensor, "B k T"]) -> Float[Tensor, "B T D"]:
         """Sum of the chosen vectors of the first k codebooks."""

@@ -1,4 +1,4 @@
-"""What happens beside the steps of a run: batches drawn ahead in a thread, and signals noted for later."""
+"""What happens beside the main thread: work and batches done ahead in threads, and signals noted for later."""
 
 from __future__ import annotations
 
@@ -6,10 +6,44 @@ import contextlib
 import queue
 import signal
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
+from tokenizer.errors import UserError
 from training.task import Batch
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+def in_order(
+    jobs: Iterable[Job], work: Callable[[Job], Result], workers: int
+) -> Iterator[tuple[Job, Result | UserError]]:
+    """Run `work` in threads (decoding and encoding release the interpreter); a few jobs ahead, results in order.
+
+    Bad input is a result, not an end: it comes as the `UserError` that the job raised.
+    """
+    waiting: deque[tuple[Job, Future[Result]]] = deque()
+    pool = ThreadPoolExecutor(workers)
+
+    def oldest() -> tuple[Job, Result | UserError]:
+        job, future = waiting.popleft()
+        try:
+            return job, future.result()
+        except UserError as error:
+            return job, error
+
+    try:
+        for job in jobs:
+            waiting.append((job, pool.submit(work, job)))
+            if len(waiting) > 2 * workers:
+                yield oldest()
+        while waiting:
+            yield oldest()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 class Prefetch:

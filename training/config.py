@@ -49,7 +49,7 @@ class OptimizerConfig:
 class RunConfig:
     """One training run."""
 
-    task: Literal["tokenizer", "language"]
+    task: Literal["tokenizer", "masked_spectrogram", "dasheng", "representation", "text", "language"]
     output: str
     """Folder of the run: `checkpoints/`, `model/` (latest averaged weights), `best/`, `log.jsonl`, `tensorboard/`."""
     max_steps: int
@@ -84,8 +84,16 @@ class RunConfig:
     tensorboard: bool = True
     tokenizer_task: dict[str, Any] | None = None
     """Settings of `task: tokenizer` (training/tokenizer_task.py)."""
+    masked_spectrogram: dict[str, Any] | None = None
+    """Settings of `task: masked_spectrogram` (training/masked_spectrogram.py)."""
+    dasheng: dict[str, Any] | None = None
+    """Settings of `task: dasheng` (training/dasheng_task.py)."""
     language: dict[str, Any] | None = None
     """Settings of `task: language` (training/language_task.py)."""
+    representation: dict[str, Any] | None = None
+    """Settings of `task: representation` (training/representation_task.py)."""
+    text: dict[str, Any] | None = None
+    """Settings of `task: text` (training/text_task.py)."""
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "accumulate", "log_every", "validate_every", "checkpoint_every", "keep_checkpoints"):
@@ -182,18 +190,24 @@ def resolve(mapping: Mapping[str, Any], task_config: type, *, where: str) -> tup
         The run's settings, the task's, and the resolved mapping with every default written out (plain JSON types).
     """
     run = from_mapping(RunConfig, mapping, where=where)
-    section = section_of(run.task)
+    section = SECTIONS[run.task]
     task: Any = from_mapping(task_config, getattr(run, section) or {}, where=f"{where}: {section}")
     resolved = _plain(dataclasses.asdict(run))
-    for other in ("tokenizer_task", "language"):
+    for other in SECTIONS.values():
         resolved.pop(other)
     resolved[section] = _plain(dataclasses.asdict(task))
     return run, task, resolved
 
 
-def section_of(task: str) -> str:
-    """Key of a task's own settings: a tokenizer under training would read as the tokenizer in use."""
-    return "tokenizer_task" if task == "tokenizer" else "language"
+SECTIONS = {
+    "tokenizer": "tokenizer_task",
+    "masked_spectrogram": "masked_spectrogram",
+    "dasheng": "dasheng",
+    "representation": "representation",
+    "text": "text",
+    "language": "language",
+}
+"""Key of each task's own settings: a tokenizer under training would read as the tokenizer in use."""
 
 
 def changed_keys(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

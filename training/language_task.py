@@ -22,7 +22,7 @@ from hybridlm.model import HybridLM
 from hybridlm.reader import Guide
 from tokenizer.errors import UserError
 from tokenizer.frames import AudioFrames, Tokenizer
-from tokenizer.loading import PRETRAINED, load_tokenizer
+from tokenizer.loading import load_tokenizer, needs_no_folder
 from tokenizer.text import TextTokenizer
 from training.align import read_alignments
 from training.corpus import CachedClip, TokenCache, Window
@@ -126,7 +126,7 @@ class LanguageTask:
         if start is not None:
             self.tokenizer = start.tokenizer
         else:
-            known = config.tokenizer in PRETRAINED
+            known = needs_no_folder(config.tokenizer)
             self.tokenizer = load_tokenizer(config.tokenizer if known else resolve(config.tokenizer))
         self.train_data = self._cache("train")
         self.validation_data = self._cache("validation") if config.data.validation_fraction > 0 else None

@@ -115,8 +115,10 @@ class _Run:
             tensorboard=config.tensorboard,
         )
         weights = sum(p.numel() for parameters in self.trained.values() for p in parameters)
+        frozen = sum(p.numel() for module in self.modules.values() for p in module.parameters()) - weights
+        weights_text = f"{weights / 1e6:.2f} M trained weights" + (f", {frozen / 1e6:.2f} M frozen," if frozen else "")
         notes.append(
-            f"{weights / 1e6:.2f} M trained weights on {accelerator.num_processes} x {self.device.type}, "
+            f"{weights_text} on {accelerator.num_processes} x {self.device.type}, "
             f"{'bf16 autocast' if self.dtype else 'fp32'}, output {self.output}"
         )
         for note in notes:

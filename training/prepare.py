@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from hybridlm.checkpoint import resolve
@@ -23,15 +18,16 @@ from tokenizer.audio import audio_blocks
 from tokenizer.errors import UserError
 from tokenizer.files import replacing
 from tokenizer.frames import AudioFrames, Tokenizer
-from tokenizer.loading import PRETRAINED, load_tokenizer
+from tokenizer.loading import load_tokenizer, needs_no_folder
+from training.background import in_order
 from training.manifest import Clip, Manifest, read_manifest
+from training.progress import ClipMeter
 from training.shards import ShardWriter, Stream
 
 Arrays = dict[str, npt.NDArray[Any]]
 _PIECE_S = 20.0
 """Longer clips are decoded and encoded piece by piece."""
 _PROBLEMS_SHOWN = 10
-_LOG_EVERY_S = 30.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,7 +113,7 @@ def prepare(
         UserError: no usable clip, a folder that cannot be written, or one made by another tokenizer (both are named).
     """
     if isinstance(tokenizer, (str, Path)):
-        known = str(tokenizer) in PRETRAINED
+        known = needs_no_folder(tokenizer)
         tokenizer = load_tokenizer(tokenizer if known else resolve(tokenizer))
     encoder: Tokenizer = tokenizer
     streams = {
@@ -207,8 +203,8 @@ def _fill(
             missing.append((clip, stamp))
         planned.add(clip.key)
     written, seconds = 0, 0.0
-    with _Meter(console, missing) as meter:
-        for clip, stamp, result in _in_order(missing, work, workers):
+    with ClipMeter(console, [clip for clip, _ in missing], doing="preparing", done="prepared") as meter:
+        for (clip, stamp), result in in_order(missing, lambda job: work(job[0]), workers):
             if isinstance(result, UserError):
                 problems.append(str(result))
                 gone.add(clip.key)
@@ -239,79 +235,3 @@ def _report(console: Console, folder: Path, count: int, written: int, problems: 
 
 def _record(clip: Clip) -> dict[str, Any]:
     return {"split": clip.split, "text": clip.text, "tags": list(clip.tags), "labels": clip.labels}
-
-
-def _in_order(
-    jobs: Sequence[tuple[Clip, str]], work: Callable[[Clip], Arrays], workers: int
-) -> Iterator[tuple[Clip, str, Arrays | UserError]]:
-    """Run `work` in threads (decoding and encoding release the interpreter); a few jobs ahead, results in order."""
-    waiting: deque[tuple[Clip, str, Future[Arrays]]] = deque()
-    pool = ThreadPoolExecutor(workers)
-    try:
-        for clip, stamp in jobs:
-            waiting.append((clip, stamp, pool.submit(work, clip)))
-            if len(waiting) > 2 * workers:
-                yield _result(*waiting.popleft())
-        while waiting:
-            yield _result(*waiting.popleft())
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _result(clip: Clip, stamp: str, future: Future[Arrays]) -> tuple[Clip, str, Arrays | UserError]:
-    try:
-        return clip, stamp, future.result()
-    except UserError as error:
-        return clip, stamp, error
-
-
-class _Meter:
-    """Progress: a bar on a terminal, a line now and then in a log."""
-
-    def __init__(self, console: Console, jobs: Sequence[tuple[Clip, str]]) -> None:
-        self._console = console
-        durations = [clip.duration for clip, _ in jobs]
-        self._by_duration = None not in durations  # the better clock where all durations are known
-        self._total = float(sum(d or 0.0 for d in durations)) if self._by_duration else float(len(jobs))
-        self._done, self._seconds, self._count, self._num_jobs = 0.0, 0.0, 0, len(jobs)
-        self._began = self._told = time.monotonic()
-        self._bar: Progress | None = None
-        if console.is_terminal:
-            self._bar = Progress(
-                TextColumn("preparing"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("clips, {task.fields[rate]:.0f}x real time,"),
-                TimeRemainingColumn(),
-                console=console,
-            )
-            self._task = self._bar.add_task("preparing", total=len(jobs), rate=0.0)
-
-    def __enter__(self) -> _Meter:
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def advance(self, clip: Clip, seconds: float) -> None:
-        """Count a finished clip of so many seconds of audio."""
-        self._count += 1
-        self._seconds += seconds
-        self._done += (clip.duration or 0.0) if self._by_duration else 1.0
-        now = time.monotonic()
-        passed = max(now - self._began, 1e-6)
-        rate = self._seconds / passed
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self._count, rate=rate)
-        elif now - self._told >= _LOG_EVERY_S:
-            self._told = now
-            left = passed * (self._total - self._done) / max(self._done, 1e-6)
-            self._console.print(
-                f"prepared {self._count}/{self._num_jobs} clips, {self._seconds / 3600:.2f} h, {rate:.0f}x real time, "
-                f"{left / 60:.1f} min left",
-                highlight=False,
-                soft_wrap=True,
-            )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from training.config import apply_overrides, read_yaml, resolve
+from training.config import RunConfig, apply_overrides, read_yaml, resolve
 from training.loop import RunResult, fit
+from training.task import Task
 
 if TYPE_CHECKING:
     from training.language_task import Sampler
@@ -36,15 +37,36 @@ def train_mapping(
     mapping: dict[str, Any], where: str, resume: bool = False, sampler: Sampler | None = None
 ) -> RunResult:
     """As `train`, from settings already read; `where` names them in messages."""
-    if mapping.get("task") == "tokenizer":
+    config, make = task_parts(str(mapping.get("task")))
+    run, task_config, resolved = resolve(mapping, config, where=where)
+    torch.manual_seed(run.seed)
+    return fit(make(task_config, run, sampler), run, resolved, resume=resume)
+
+
+def task_parts(name: str) -> tuple[type, Callable[[Any, RunConfig, Sampler | None], Task]]:
+    """The settings of a task and what makes it of them; a task's modules are imported when it is asked for."""
+    if name == "tokenizer":
         from training.tokenizer_task import TokenizerTask, TokenizerTaskConfig
 
-        run, task_config, resolved = resolve(mapping, TokenizerTaskConfig, where=where)
-        torch.manual_seed(run.seed)
-        return fit(TokenizerTask(task_config), run, resolved, resume=resume)
+        return TokenizerTaskConfig, lambda config, run, sampler: TokenizerTask(config)
+    if name == "masked_spectrogram":
+        from training.masked_spectrogram import MaskedSpectrogramConfig, MaskedSpectrogramTask
+
+        return MaskedSpectrogramConfig, lambda config, run, sampler: MaskedSpectrogramTask(config)
+    if name == "dasheng":
+        from training.dasheng_task import DashengTask, DashengTaskConfig
+
+        return DashengTaskConfig, lambda config, run, sampler: DashengTask(config)
+    if name == "representation":
+        from training.representation_task import RepresentationTask, RepresentationTaskConfig
+
+        return RepresentationTaskConfig, lambda config, run, sampler: RepresentationTask(config)
+    if name == "text":
+        from training.text_task import TextTask, TextTaskConfig
+
+        return TextTaskConfig, lambda config, run, sampler: TextTask(config, output=Path(run.output))
     from training.language_task import LanguageTask, LanguageTaskConfig
 
-    run, task_config, resolved = resolve(mapping, LanguageTaskConfig, where=where)
-    torch.manual_seed(run.seed)
-    task = LanguageTask(task_config, sampler=sampler, output=Path(run.output))
-    return fit(task, run, resolved, resume=resume)
+    return LanguageTaskConfig, lambda config, run, sampler: LanguageTask(
+        config, sampler=sampler, output=Path(run.output)
+    )

@@ -21,15 +21,14 @@ from tokenizer.adversary import (
     feature_matching_loss,
 )
 from tokenizer.bottleneck import add_noise, coding_rate
-from tokenizer.errors import UserError
-from tokenizer.f3 import F3Config, F3Tokenizer
+from tokenizer.f3 import F3Tokenizer
+from tokenizer.f3_network import F3Config
 from tokenizer.loudness import LoudnessLoss
 from tokenizer.mel import MultiResolutionMelLoss
 from tokenizer.pitch import pitch_loss, track_pitch
-from training.index import split_clips
-from training.manifest import TagRule, apply_rules, read_manifest
-from training.segments import AudioFiles, PcmCache, SegmentSource
+from tokenizer.quantizer import ResidualQuantizer
 from training.task import Batch, Sample
+from training.tokenizer_data import TokenizerDataConfig, open_segments, training_batches, validation_segments
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,31 +73,6 @@ class TokenizerLossConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TokenizerDataConfig:
-    """What is read, and in which portions."""
-
-    caches: tuple[str, ...] = ()
-    """Folders of decoded audio made by `hybridlm prepare SOURCE --output DIR --audio`."""
-    sources: tuple[str, ...] = ()
-    """Folders or manifests whose files are decoded anew for every segment: no disk, more time. Instead of `caches`."""
-    rules: tuple[TagRule, ...] = ()
-    """Weights by label; none: all audio alike."""
-    validation_fraction: float = 0.02
-    """Share of the training split held back for validation."""
-    batch_size: int = 16
-    segment_frames: int = 25
-    """Length of a segment in frames of the tokenizer."""
-    validation_segments: int = 32
-
-    def __post_init__(self) -> None:
-        if bool(self.caches) == bool(self.sources):
-            raise ValueError("give either caches or sources, with at least one folder")
-        for name in ("batch_size", "segment_frames", "validation_segments"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class TokenizerTaskConfig:
     """Settings of `task: tokenizer`, under `tokenizer_task:`."""
 
@@ -125,8 +99,9 @@ class TokenizerTask:
         self.discriminator = MultiResolutionDiscriminator(losses.discriminator_n_ffts, losses.discriminator_channels)
         self.mel = MultiResolutionMelLoss(config.tokenizer.sample_rate_hz)
         self.loudness = LoudnessLoss(config.tokenizer.sample_rate_hz)
-        self.train_data = self._source("train")
-        self.validation = self._validation_segments()
+        rate = config.tokenizer.sample_rate_hz
+        self.train_data = open_segments(config.data, "train", rate)
+        self.validation = validation_segments(config.data, rate, self._segment_samples)
 
     def modules(self) -> Mapping[str, nn.Module]:
         """The autoencoder and, where it takes part at all, its adversary."""
@@ -156,7 +131,14 @@ class TokenizerTask:
                 latents.detach(), decay=losses.codebook_decay, revive_below=losses.revive_below, generator=generator
             )
             figures["codes_in_use"] = sum(use) / len(use)
-        decodable, quantization_error = bottleneck(self.tokenizer, latents, losses, generator)
+        decodable, quantization_error = bottleneck(
+            self.tokenizer.quantizer,
+            latents,
+            noise_gamma=losses.noise_gamma,
+            quantized_share=losses.quantized_share,
+            full_depth_share=losses.full_depth_share,
+            generator=generator,
+        )
         made = self.tokenizer.decoder.synthesize(decodable)
         fake = made.waveform.unsqueeze(1)
         self.mel.to(fake.device)
@@ -190,14 +172,8 @@ class TokenizerTask:
 
     def batches(self, *, seed: int, rank: int, world_size: int, skip: int) -> Iterator[Batch]:
         """Random segments at random loudness."""
-        data = self.config.data
-        segments = self.train_data.segments(
-            data.batch_size, self._segment_samples, seed=seed, rank=rank, world_size=world_size, skip=skip
-        )
-        for number, waveform in enumerate(segments, start=skip):
-            generator = torch.Generator().manual_seed(hash((seed, rank, number)) & 0x7FFFFFFF)
-            decibels = -8.0 + 11.0 * torch.rand(data.batch_size, 1, 1, generator=generator)
-            yield {"waveform": (waveform * 10 ** (decibels / 20)).clamp(-1.0, 1.0)}
+        place = {"seed": seed, "rank": rank, "world_size": world_size, "skip": skip}
+        return training_batches(self.train_data, self.config.data.batch_size, self._segment_samples, **place)
 
     def size(self, batch: Batch) -> int:
         """Frames in the batch."""
@@ -246,50 +222,39 @@ class TokenizerTask:
     def _adversarial(self, step: int) -> bool:
         return self._adversarial_weight > 0 and step >= self.config.losses.adversarial_from_step
 
-    def _source(self, split: str) -> SegmentSource:
-        data, rate = self.config.data, self.config.tokenizer.sample_rate_hz
-        if data.caches:
-            cache = PcmCache(
-                [Path(folder) for folder in data.caches],
-                split=split,
-                validation_fraction=data.validation_fraction,
-                rules=data.rules,
-            )
-            if cache.sample_rate_hz != rate:
-                raise UserError(
-                    f"the caches have sample_rate_hz={cache.sample_rate_hz}, the tokenizer {rate}; "
-                    "prepare them at the tokenizer's rate"
-                )
-            return cache
-        clips = [clip for source in data.sources for clip in read_manifest(Path(source)).clips]
-        clips = split_clips(clips, split, data.validation_fraction)
-        return AudioFiles(list(apply_rules(clips, data.rules)), rate)
-
-    def _validation_segments(self) -> Float[Tensor, "B 1 S"]:
-        """The same segments at every validation; of the training data where none are held back."""
-        split = "validation" if self.config.data.validation_fraction > 0 else "train"
-        segments = self._source(split).segments(self.config.data.validation_segments, self._segment_samples, seed=0)
-        return next(segments)
-
 
 def bottleneck(
-    tokenizer: F3Tokenizer, latents: Float[Tensor, "B T D"], losses: TokenizerLossConfig, generator: torch.Generator
+    quantizer: ResidualQuantizer,
+    latents: Float[Tensor, "B T D"],
+    *,
+    noise_gamma: float,
+    quantized_share: float,
+    full_depth_share: float,
+    generator: torch.Generator,
 ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, ""]]:
     """What the decoder sees in training: quantized latents in the first rows, noisy ones in the others.
 
     No gradient passes the quantization: with one (straight through), the encoder learns what is easy to quantize, and
     its 64 dimensions collapse to fewer than ten. The codes follow the latents, never the other way round. Also returns
     the mean squared error of the full-depth quantization.
+
+    Args:
+        quantizer: Of the tokenizer in training.
+        latents: Of the batch.
+        noise_gamma: See `TokenizerLossConfig`, as of the other two.
+        quantized_share: Share of the rows that are quantized.
+        full_depth_share: Share of those that use all codebooks.
+        generator: Of noise and depths.
     """
-    quantizer, plain = tokenizer.quantizer, latents.detach()
+    plain = latents.detach()
     codes = quantizer.encode(plain)
     error = (plain - quantizer.decode(codes)).square().mean()
-    num_quantized = round(losses.quantized_share * latents.shape[0])
-    num_full = round(losses.full_depth_share * num_quantized)
+    num_quantized = round(quantized_share * latents.shape[0])
+    num_full = round(full_depth_share * num_quantized)
     rows = []
     for row in range(num_quantized):
         depth = quantizer.num_codebooks
         if row >= num_full:
             depth = int(torch.randint(1, quantizer.num_codebooks + 1, (), generator=generator, device=generator.device))
         rows.append(quantizer.decode(codes[row : row + 1, :depth]))
-    return torch.cat([*rows, add_noise(latents[num_quantized:], losses.noise_gamma, generator)]), error
+    return torch.cat([*rows, add_noise(latents[num_quantized:], noise_gamma, generator)]), error

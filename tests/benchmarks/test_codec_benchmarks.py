@@ -10,7 +10,8 @@ import torch
 
 from benchmarks import codec_quality, codec_speed
 from tokenizer.audio import write_audio
-from tokenizer.f3 import F3Config, F3Tokenizer
+from tokenizer.f3 import F3Tokenizer
+from tokenizer.f3_network import F3Config
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ import torch
 from hybridlm.config import ModelConfig
 from hybridlm.model import HybridLM
 from sampling.pipeline import AudioModel
-from tokenizer.f3 import F3Config, F3Tokenizer
+from tokenizer.f3 import F3Tokenizer
+from tokenizer.f3_network import F3Config
 from tokenizer.text import TextTokenizer
 
 SENTENCES = ["good morning", "the quick brown fox jumps over the lazy dog", "she sells sea shells", "how are you"]

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from tokenizer.errors import UserError
-from tokenizer.f3 import F3Config, F3Tokenizer
+from tokenizer.f3 import F3Tokenizer
+from tokenizer.f3_network import F3Config
 from tokenizer.frames import Tokenizer
 
 TINY = F3Config(

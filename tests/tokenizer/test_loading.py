@@ -10,7 +10,8 @@ import torch
 
 from tokenizer.encodec import EncodecConfig, EncodecTokenizer
 from tokenizer.errors import UserError
-from tokenizer.f3 import F3Config, F3Tokenizer
+from tokenizer.f3 import F3Tokenizer
+from tokenizer.f3_network import F3Config
 from tokenizer.loading import load_tokenizer, read_weights, write_folder
 
 
@@ -90,7 +91,7 @@ def test_broken_config(folder: Path, text: str) -> None:
 def test_unknown_type_names_the_nearest(folder: Path) -> None:
     change(folder, type="encodek")
     assert "did you mean 'encodec'?" in refusal(folder)
-    change(folder, type="f2")
+    change(folder, type="f33")
     assert "did you mean 'f3'?" in refusal(folder)
 
 

@@ -13,7 +13,7 @@ from tokenizer.audio import write_audio
 from tokenizer.errors import UserError
 from tokenizer.f3 import F3Tokenizer
 from training.run import train_mapping
-from training.tokenizer_task import TokenizerLossConfig, TokenizerTask, TokenizerTaskConfig, bottleneck
+from training.tokenizer_task import TokenizerTask, TokenizerTaskConfig, bottleneck
 
 RATE = TINY.sample_rate_hz
 
@@ -91,8 +91,8 @@ def test_bottleneck_quantizes_its_share_and_gives_the_encoder_no_gradient_there(
     torch.manual_seed(0)
     tokenizer = F3Tokenizer(TINY)
     latents = tokenizer.encoder(0.3 * torch.randn(8, 960))[0].detach().requires_grad_()
-    losses = TokenizerLossConfig(noise_gamma=0.5, quantized_share=0.5, full_depth_share=0.5)
-    seen, error = bottleneck(tokenizer, latents, losses, torch.Generator().manual_seed(0))
+    shares = {"noise_gamma": 0.5, "quantized_share": 0.5, "full_depth_share": 0.5}
+    seen, error = bottleneck(tokenizer.quantizer, latents, **shares, generator=torch.Generator().manual_seed(0))
     full = tokenizer.dequantize(tokenizer.quantize(latents))
     torch.testing.assert_close(seen[:2], full[:2])
     noise = (seen - latents).detach()[4:].std(dim=(1, 2))

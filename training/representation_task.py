@@ -1,0 +1,231 @@
+"""Training of F3's representation encoder on cached latents of the frozen autoencoder: RQ-MTP and a frozen LLM.
+
+Shapes: B batch, T frames, D latent, F feature, K offsets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hybridlm.checkpoint import resolve
+from tokenizer.errors import UserError
+from tokenizer.f3 import F3Tokenizer
+from tokenizer.loading import load_tokenizer
+from tokenizer.representation import RepresentationConfig, RepresentationEncoder
+from training.corpus import TokenCache, Window
+from training.llm_supervision import FrozenLLM, Projector, load_llm
+from training.manifest import TagRule
+from training.rq_mtp import MultiTokenHeads, RandomProjectionQuantizer, codebook_use
+from training.task import Batch, Sample
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RepresentationDataConfig:
+    """What is read, and in which portions."""
+
+    caches: tuple[str, ...]
+    """Folders made by `hybridlm prepare` with the tokenizer."""
+    rules: tuple[TagRule, ...] = ()
+    """Use of text and weights by label; a clip's tags are its caption where it has no text and `captions` is on."""
+    validation_fraction: float = 0.02
+    batch_frames: int = 4000
+    max_frames: int = 375
+    validation_frames: int = 10_000
+
+    def __post_init__(self) -> None:
+        if not self.caches:
+            raise ValueError("caches=[] must name at least one folder made by `hybridlm prepare`")
+        for name in ("batch_frames", "max_frames", "validation_frames"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RepresentationLossConfig:
+    """The two losses; a weight of 0 leaves one out."""
+
+    rq_weight: float = 1.0
+    num_offsets: int = 4
+    """K of RQ-MTP: codes of the next K frames are predicted at once."""
+    codebook_size: int = 1024
+    projection_dim: int = 16
+    projection_seed: int = 0
+    llm_weight: float = 1.0
+    llm: str | None = None
+    """Folder or hub id of a causal language model, such as Qwen/Qwen2.5-0.5B; needed unless `llm_weight` is 0."""
+    llm_stride: int = 4
+    """Frames that make one position of the language model's prefix."""
+    captions: bool = True
+    """Let the tags, joined by spaces, be the text of clips without one."""
+
+    def __post_init__(self) -> None:
+        for name in ("rq_weight", "llm_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
+        if self.rq_weight == self.llm_weight == 0:
+            raise ValueError("rq_weight and llm_weight are both 0; nothing would be learned")
+        if self.llm_weight > 0 and self.llm is None:
+            raise ValueError("llm_weight is above 0, but llm names no language model; name one, or set llm_weight=0")
+        for name in ("num_offsets", "codebook_size", "projection_dim", "llm_stride"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RepresentationTaskConfig:
+    """Settings of `task: representation`, under `representation:`."""
+
+    tokenizer: str
+    """Folder of the F3 autoencoder that made the caches; it stays as it is."""
+    data: RepresentationDataConfig
+    encoder: RepresentationConfig = field(default_factory=RepresentationConfig)
+    losses: RepresentationLossConfig = field(default_factory=RepresentationLossConfig)
+
+
+class Learner(nn.Module):
+    """What learns: the encoder, which is kept, and what only training needs."""
+
+    def __init__(self, latent_dim: int, config: RepresentationTaskConfig, llm: FrozenLLM | None) -> None:
+        super().__init__()
+        losses, width = config.losses, config.encoder.feature_dim
+        self.encoder = RepresentationEncoder(latent_dim, config.encoder)
+        self.heads = None
+        if losses.rq_weight > 0:
+            self.heads = MultiTokenHeads(width, losses.codebook_size, losses.num_offsets)
+        self.projector = Projector(width, llm.embedding_dim, losses.llm_stride) if llm is not None else None
+
+
+class RepresentationTask:
+    """See `training.task.Task`.
+
+    Raises:
+        UserError: a tokenizer, caches or a language model that cannot be read or do not fit together.
+    """
+
+    def __init__(self, config: RepresentationTaskConfig) -> None:
+        self.config = config
+        found = load_tokenizer(resolve(config.tokenizer))
+        if not isinstance(found, F3Tokenizer):
+            raise UserError(f"tokenizer={config.tokenizer} is of type {found.name}; this encoder is for f3")
+        self.tokenizer = found.without_representation().requires_grad_(False)
+        self.train_data = self._cache("train")
+        self.validation_data = self._cache("validation") if config.data.validation_fraction > 0 else self.train_data
+        losses = config.losses
+        self.llm = load_llm(losses.llm) if losses.llm_weight > 0 and losses.llm is not None else None
+        self.targets = RandomProjectionQuantizer(
+            self.tokenizer.latent_dim,
+            projection_dim=losses.projection_dim,
+            codebook_size=losses.codebook_size,
+            seed=losses.projection_seed,
+        )
+        self.learner = Learner(self.tokenizer.latent_dim, config, self.llm)
+
+    def modules(self) -> Mapping[str, nn.Module]:
+        """The encoder with its heads and projector."""
+        return {"model": self.learner}
+
+    def turns(self, step: int) -> Sequence[str]:
+        """The learner, always."""
+        return ("model",)
+
+    def batches(self, *, seed: int, rank: int, world_size: int, skip: int) -> Iterator[Batch]:
+        """Windows of about equal length."""
+        data = self.config.data
+        windows = self.train_data.batches(
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+            skip=skip,
+            batch_frames=data.batch_frames,
+            max_frames=data.max_frames,
+        )
+        for batch in windows:
+            yield self._batch(self.train_data, batch)
+
+    def size(self, batch: Batch) -> int:
+        """Frames without padding."""
+        return int(batch["lengths"].sum())
+
+    def loss(
+        self, turn: str, batch: Batch, *, step: int, generator: torch.Generator
+    ) -> tuple[Tensor, Mapping[str, Tensor | float]]:
+        """rq_weight * RQ-MTP, in nats a code, + llm_weight * cross-entropy, in nats a token."""
+        losses, latents, lengths = self.config.losses, batch["latents"], batch["lengths"]
+        features, _ = self.learner.encoder(latents)
+        mask = torch.arange(latents.shape[1], device=latents.device) < lengths[:, None]
+        total = torch.zeros((), device=latents.device)
+        figures: dict[str, Tensor | float] = {}
+        if self.learner.heads is not None:
+            codes = self.targets.to(latents.device)(latents)
+            each, hits = self.learner.heads(features, codes, mask)
+            total = total + losses.rq_weight * each.mean()
+            use, perplexity = codebook_use(codes, mask, losses.codebook_size)
+            figures |= {"rq_mtp": each.detach().mean(), "rq_accuracy": hits[0]}
+            figures |= {"target_codes_in_use": use, "target_perplexity": perplexity}
+        rows = [row for row, text in enumerate(batch["texts"]) if text]
+        if self.learner.projector is not None and self.llm is not None and rows:
+            prefix, real = self.learner.projector(features[rows], lengths[rows])
+            scores = self.llm.to(latents.device).nll(prefix, real, [batch["texts"][row] for row in rows])
+            cross_entropy = scores.nats.sum() / scores.tokens.sum()
+            total = total + losses.llm_weight * cross_entropy
+            figures["llm"] = cross_entropy.detach()
+        # A batch without any text still has to reach every weight's gradient, if only with zero.
+        return total + 0.0 * features.sum(), figures
+
+    def validate(self) -> Mapping[str, float]:
+        """The training losses on held-out clips."""
+        device = next(self.learner.parameters()).device
+        sums: dict[str, float] = {}
+        counts: dict[str, int] = {}
+        for windows in self._validation_windows():
+            batch = self._batch(self.validation_data, windows)
+            batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+            loss, figures = self.loss("model", batch, step=0, generator=torch.Generator())
+            for name, value in {"loss": loss, **figures}.items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+                counts[name] = counts.get(name, 0) + 1
+        return {name: sums[name] / counts[name] for name in sums}
+
+    def export(self, folder: Path) -> None:
+        """The tokenizer's folder, now with features."""
+        finished = self.tokenizer.with_representation(self.learner.encoder)
+        finished.save(folder)
+
+    def samples(self) -> Sequence[Sample]:
+        """Nothing: features make no sound."""
+        return ()
+
+    def _batch(self, cache: TokenCache, windows: Sequence[Window]) -> Batch:
+        clips = [cache.read(window) for window in windows]
+        frames = cache.frames(clips)
+        texts = []
+        for clip, window in zip(clips, windows, strict=True):
+            whole = window.start == 0 and window.frames == cache.num_frames(window.clip)
+            caption = " ".join(clip.tags) if self.config.losses.captions else None
+            texts.append((clip.text if whole else None) or (None if clip.text else caption))
+        return {"latents": frames.latents, "lengths": frames.lengths, "texts": texts}
+
+    def _validation_windows(self) -> Iterator[list[Window]]:
+        cache, data = self.validation_data, self.config.data
+        windows = cache.batches(seed=0, batch_frames=data.batch_frames, max_frames=data.max_frames)
+        left = min(data.validation_frames, int(np.minimum(cache.index.rows, data.max_frames).sum()))
+        while left > 0:
+            batch = next(windows)
+            left -= sum(window.frames for window in batch)
+            yield batch
+
+    def _cache(self, split: str) -> TokenCache:
+        data = self.config.data
+        return TokenCache(
+            [Path(folder) for folder in data.caches],
+            tokenizer=self.tokenizer,
+            split=split,
+            validation_fraction=data.validation_fraction,
+            rules=data.rules,
+        )
