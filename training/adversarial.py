@@ -6,7 +6,7 @@ Shapes: B batch, S samples.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -21,6 +21,7 @@ from tokenizer.adversary import (
 from training.task import Batch
 
 
+@runtime_checkable
 class AdversarialSettings(Protocol):
     """What a task's loss settings say of the adversary."""
 
