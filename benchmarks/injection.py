@@ -259,6 +259,7 @@ def report(study: Study, command: str) -> tuple[str, dict[str, Any]]:
         f"{machine(study.precision)}.",
         "",
     ]
+    heard = {name: heard[name] for name in probes if name in heard}
     body, figures = report_of(study.base, study.probes, study.reconstruction, probes, heard, abouts)
     return "\n".join([*lines, *body]) + "\n", {"command": command, "study": plain(asdict(study)), **figures}
 

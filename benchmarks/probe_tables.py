@@ -285,8 +285,9 @@ def tables(figures: Mapping[str, Any], config: ProbeConfig, some: Mapping[str, M
     yield from ("", "## Tasks", "")
     for task, result in some.items():
         remark = f" {config.about[task]}" if task in config.about else ""
-        yield f"- {task}:{remark} {'; '.join([*result['conditions'][:1], *result['conditions'][3:]])}; "
-        yield f"  majority {100 * result['majority']:.1f} %, intervals over {result['interval_over']}"
+        said = "; ".join([*result["conditions"][:1], *result["conditions"][3:]])
+        majority = f"majority {100 * result['majority']:.1f} %, intervals over {result['interval_over']}"
+        yield f"- {task}:{remark} {said}; {majority}"
 
 
 def header(names: Sequence[str]) -> list[str]:

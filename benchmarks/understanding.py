@@ -5,8 +5,9 @@
 
 Every variant and seed is one training of one thread on the cached latents of the frozen codec, in OUTPUT/VARIANT/seedN:
 the same encoder, batches and steps for all. Where `llm` names no language model, a small one is trained first
-(OUTPUT/text-lm). Every run is then probed on every task, beside the raw latents and the log-mel floor. What is finished
-is kept, what was interrupted goes on; `--one` makes a single run and no report.
+(OUTPUT/text-lm). Every run is then probed on every task, beside the raw latents, the log-mel floor and the same encoder
+with its first, random weights, which alone raise a linear probe by their width: what was learned is what exceeds them.
+What is finished is kept, what was interrupted goes on; `--one` makes a single run and no report.
 
 No figure rests on labels that training saw: the program refuses probed clips among those trained on, and captions that
 name a class. Intervals: 95 %, seeds and clips (or the groups left out) drawn; differences are paired by clip.
@@ -50,7 +51,7 @@ from benchmarks.study import (
 from tokenizer.errors import UserError
 from tokenizer.f3 import F3Tokenizer
 from tokenizer.loading import load_tokenizer
-from tokenizer.representation import RepresentationConfig
+from tokenizer.representation import RepresentationConfig, RepresentationEncoder
 from tokenizer.settings import from_mapping
 from training.config import OptimizerConfig
 from training.corpus import TokenCache, Window
@@ -62,7 +63,7 @@ from training.text_task import TextTaskConfig
 from training.token_data import TokenDataConfig
 
 HERE = Path(__file__).resolve().parent
-RAW, TEXT_LM = "raw latent", "text-lm"
+RAW, UNTRAINED, TEXT_LM = "raw latent", "untrained", "text-lm"
 BATCH_FRAMES = 20_000
 
 
@@ -109,7 +110,7 @@ class Study:
         if (self.llm is None) == (self.text_model is None):
             raise ValueError("give either llm, a language model, or text_model, of which one is trained")
         for name in self.variants:
-            if name in (FLOOR, RAW, TEXT_LM):
+            if name in (FLOOR, RAW, UNTRAINED, TEXT_LM):
                 raise ValueError(f"variants.{name} is a name in use; choose another")
             self.losses_of(name)
 
@@ -134,6 +135,7 @@ def runs_of(study: Study) -> list[Run]:
             run = Run(name=f"{variant}/{seed}", folder=output / variant / f"seed{seed}", needs=needs)
             (waiting if needs else runs).append(run)
     given = [Run(name=name, folder=output / name) for name in (FLOOR, RAW)]
+    given += [Run(name=f"{UNTRAINED}/{seed}", folder=output / UNTRAINED / f"seed{seed}") for seed in range(study.seeds)]
     return [*([text_lm] if waiting else []), *runs, *given, *waiting]
 
 
@@ -152,9 +154,9 @@ def settings_of(study: Study, run: Run) -> dict[str, Any]:
             validate_every=model.steps,
             **shared,
         )
-    if run.name in (FLOOR, RAW):
-        return {}
     variant, _, seed = run.name.rpartition("/")
+    if variant not in study.variants:
+        return {}
     section = {
         "tokenizer": study.tokenizer,
         "data": asdict(study.data),
@@ -233,6 +235,10 @@ def vectors_of(study: Study, run: Run, clips: ProbeClips) -> Float[Tensor, "N E"
     cache = TokenCache([Path(folder) for folder in study.data.caches])
     if run.name == RAW:
         return pooled(cache, [clip.key for clip in clips.clips], lambda latents: latents)
+    if run.name.startswith(f"{UNTRAINED}/"):
+        torch.manual_seed(int(run.name.rpartition("/")[2]))
+        untrained = RepresentationEncoder(cache.latent_dim, study.encoder).eval()
+        return pooled(cache, [clip.key for clip in clips.clips], untrained.features)
     made = load_tokenizer(run.folder / "model")
     assert isinstance(made, F3Tokenizer) and made.representation is not None
     return pooled(cache, [clip.key for clip in clips.clips], made.representation.features)
@@ -274,7 +280,7 @@ def _batches(rows: Sequence[int], frames: Sequence[int]) -> Iterator[list[int]]:
 def report(study: Study, command: str) -> tuple[str, dict[str, Any]]:
     """Markdown and figures of finished runs."""
     runs = runs_of(study)
-    results: dict[str, list[dict[str, Any]]] = {name: [] for name in (FLOOR, RAW, *study.variants)}
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in (FLOOR, RAW, UNTRAINED, *study.variants)}
     minutes: dict[str, list[float]] = {}
     for run in runs:
         about = read_result(run.folder, {"training": settings_of(study, run)}) or {}
@@ -282,7 +288,7 @@ def report(study: Study, command: str) -> tuple[str, dict[str, Any]]:
             results[variant].append(read_tasks(study.probes, folder, seed) or {})
         if "training_seconds" in about:
             minutes.setdefault(run.name.rpartition("/")[0] or run.name, []).append(about["training_seconds"] / 60)
-    figures = compare(results, [FLOOR, RAW], study.probes.methods)
+    figures = compare(results, [FLOOR, RAW, UNTRAINED], study.probes.methods)
     lines = [
         "# What F3's representation encoder understands",
         "",
@@ -292,7 +298,8 @@ def report(study: Study, command: str) -> tuple[str, dict[str, Any]]:
         f"encoder and batches, peak learning rate {study.optimizer.learning_rate:g}. The mean over time of a clip's "
         "frames is probed; of the log-mel, mean and standard deviation. Brackets: 95 % intervals with seeds and clips "
         "(or the groups left out) drawn; differences are paired. Raw latents and log-mel are the same for all seeds, "
-        "whose linear probes alone differ.",
+        "whose linear probes alone differ. `untrained` is the encoder with its first, random weights, others for each "
+        "seed: wider and nonlinear, it raises a linear probe by itself, so what was learned is what exceeds it.",
         "",
         *(line for note in study.notes for line in (note, "")),
         f"{machine(study.precision)}; tokenizer {load_tokenizer(study.tokenizer).fingerprint()}.",

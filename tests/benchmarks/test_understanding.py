@@ -77,21 +77,21 @@ def test_the_shipped_study_is_valid() -> None:
     assert labels == {"digit", "speaker", "emotion", "sound", "instrument", "note", "language"} and study.seeds == 3
 
 
-def test_three_trainings_beside_two_floors(
+def test_three_trainings_beside_what_is_not_trained(
     study: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run(study, tmp_path) == 0
     said = capsys.readouterr().out
     text = (tmp_path / "report.md").read_text()
     assert text.strip() in said and "both seed 1 kind: linear" in said
-    assert "| task | chance | log-mel | raw latent | RQ | LLM | both |" in text
-    assert "linear probe: points above raw latent" in text and "knn probe: points above log-mel" in text
+    assert "| task | chance | log-mel | raw latent | untrained | RQ | LLM | both |" in text
+    assert "linear probe: points above untrained" in text and "knn probe: points above log-mel" in text
     assert "Trained on two recordings." in text and "| LLM | 0 | 1 |" in text and "| text-lm | - | - |" in text
     figures = json.loads((tmp_path / "report.json").read_text())["probes"]
     accuracy = figures["knn"]["accuracy"]
     raised = figures["knn"]["differences"]["raw latent"]["both"]["kind"]["value"]
     assert raised == pytest.approx(accuracy["both"]["kind"]["value"] - accuracy["raw latent"]["kind"]["value"])
-    assert set(figures["linear"]["differences"]["log-mel"]) == {"raw latent", "RQ", "LLM", "both"}
+    assert set(figures["linear"]["differences"]["log-mel"]) == {"raw latent", "untrained", "RQ", "LLM", "both"}
     folder = Path(study["output"])
     log = (folder / "RQ" / "seed0" / "log.jsonl").read_text()
     assert "rq_mtp" in log and "llm" not in log
