@@ -89,6 +89,7 @@ def run_tasks(study: Study, data: Path, names: Sequence[str]) -> tuple[dict[str,
                 methods=study.methods,
                 device=study.device,
                 seed=study.seed,
+                when_scored=lambda row: print(" | ".join(cells(row)), file=sys.stderr, flush=True),
             )
         except UserError as error:
             refused[name] = str(error)

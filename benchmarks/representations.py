@@ -14,13 +14,7 @@ very latents that a continuous model scores. Differences are paired by clip; bel
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
-import os
-import shlex
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -31,20 +25,28 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from benchmarks.representations_report import compare, machine, markdown
+from benchmarks.study import (
+    RESULT,
+    Run,
+    plain,
+    progress_of,
+    read_result,
+    run_study,
+    training_settings,
+)
 from hybridlm.checkpoint import load_model
 from hybridlm.config import ModelConfig
 from hybridlm.model import HybridLM
 from tokenizer.errors import UserError
-from tokenizer.files import replacing
 from tokenizer.settings import from_mapping
 from tokenizer.text import TextTokenizer
-from training.config import OptimizerConfig, apply_overrides, changed_keys, read_yaml
+from training.config import OptimizerConfig
 from training.corpus import CachedClip, TokenCache, Window
 from training.evaluate import score_clips
 from training.examples import GOES_ON
 from training.manifest import TagRule
+from training.probe import write_json
 from training.run import train_mapping
-from training.state import checkpoints
 
 HERE = Path(__file__).resolve().parent
 TOLERANCE = 0.05
@@ -143,35 +145,31 @@ def model_settings(study: Study, variant: str) -> dict[str, Any]:
 def settings_of(study: Study, job: Job) -> dict[str, Any]:
     """The training run's settings."""
     domain = study.domains[job.domain]
-    return {
-        "task": "language",
-        "output": str(folder_of(study, job)),
-        "seed": job.seed,
-        "max_steps": study.steps,
-        "device": "cpu",
-        "precision": study.precision,
-        "threads": 1,
-        "ema_decay": study.ema_decay,
-        "optimizer": _plain(asdict(study.optimizer)),
-        "validate_every": study.validate_every,
-        "checkpoint_every": 200,
-        "keep_checkpoints": 1,
-        "tensorboard": False,
-        "language": {
-            "tokenizer": study.tokenizer,
-            "data": {
-                "caches": list(domain.caches),
-                "rules": _plain([asdict(rule) for rule in domain.rules]),
-                "validation_fraction": study.validation_fraction,
-                "validation_frames": study.validation_frames,
-                "batch_frames": study.batch_frames,
-                "max_frames": study.max_frames,
-            },
-            "text": {"model": str(Path(study.output) / "text.model")},
-            "model": model_settings(study, job.variant),
-            "losses": study.losses,
+    section = {
+        "tokenizer": study.tokenizer,
+        "data": {
+            "caches": list(domain.caches),
+            "rules": plain([asdict(rule) for rule in domain.rules]),
+            "validation_fraction": study.validation_fraction,
+            "validation_frames": study.validation_frames,
+            "batch_frames": study.batch_frames,
+            "max_frames": study.max_frames,
         },
+        "text": {"model": str(Path(study.output) / "text.model")},
+        "model": model_settings(study, job.variant),
+        "losses": study.losses,
     }
+    return training_settings(
+        task="language",
+        section=section,
+        folder=folder_of(study, job),
+        seed=job.seed,
+        steps=study.steps,
+        optimizer=study.optimizer,
+        precision=study.precision,
+        ema_decay=study.ema_decay,
+        validate_every=study.validate_every,
+    )
 
 
 def scoring_settings(study: Study, domain: str) -> dict[str, Any]:
@@ -219,8 +217,8 @@ def run_one(study: Study, job: Job) -> dict[str, Any] | None:
     """
     torch.set_num_threads(1)
     folder, settings = folder_of(study, job), settings_of(study, job)
-    about = {"training": settings, "test": scoring_settings(study, job.domain)}
-    if (done := read_result(study, job)) is not None:
+    about = result_settings(study, job)
+    if (done := read_result(folder, about)) is not None:
         return done
     prepare_output(study)
     if not train_mapping(settings, str(job), resume=True).finished:
@@ -236,7 +234,7 @@ def run_one(study: Study, job: Job) -> dict[str, Any] | None:
     tests.max_frames = max(1, round(study.test_seconds * tests.frame_rate_hz))
     started = time.perf_counter()
     clips = [asdict(clip) for clip in score_clips(found, tests, window_frames=study.max_frames, with_text=False)]
-    state = json.loads((checkpoints(folder)[-1] / "state.json").read_text(encoding="utf-8"))
+    progress = progress_of(folder)
     result = {
         **about,
         "parameters": found.model.num_parameters(),
@@ -244,33 +242,22 @@ def run_one(study: Study, job: Job) -> dict[str, Any] | None:
         "representation": found.model.config.representation,
         "sigma": found.model.config.sigma,
         "scale_floor": found.model.config.scale_floor,
-        "steps": state["progress"]["step"],
-        "skipped_steps": state["progress"]["bad_steps"],
+        "steps": progress["step"],
+        "skipped_steps": progress["bad_steps"],
         "frames_trained": frames_trained(study, job),
-        "training_seconds": state["progress"]["seconds"],
+        "training_seconds": progress["seconds"],
         "test_wall_seconds": time.perf_counter() - started,
         "tokenizer": tests.tokenizer,
         "machine": machine(study.precision),
         "clips": clips,
     }
-    _write(folder / "result.json", json.dumps(result, indent=1) + "\n")
+    write_json(folder / RESULT, result)
     return result
 
 
-def read_result(study: Study, job: Job) -> dict[str, Any] | None:
-    """A finished run's result, if it is there.
-
-    Raises:
-        UserError: it was made with other settings.
-    """
-    path = folder_of(study, job) / "result.json"
-    if not path.is_file():
-        return None
-    result = json.loads(path.read_text(encoding="utf-8"))
-    for part, now in (("training", settings_of(study, job)), ("test", scoring_settings(study, job.domain))):
-        if changed := changed_keys(result[part], _plain(now)):
-            raise UserError(f"{path} was made with other settings ({', '.join(changed)}); choose another output")
-    return result
+def result_settings(study: Study, job: Job) -> dict[str, Any]:
+    """What a run's result says of how it was made."""
+    return {"training": settings_of(study, job), "test": scoring_settings(study, job.domain)}
 
 
 def frames_trained(study: Study, job: Job) -> int:
@@ -286,48 +273,6 @@ def frames_trained(study: Study, job: Job) -> int:
     return sum(window.frames for batch in itertools.islice(batches, study.steps) for window in batch)
 
 
-def run_all(study: Study, jobs: Sequence[Job], processes: int, arguments: Sequence[str]) -> None:
-    """Make the runs that are missing, `processes` at a time.
-
-    Raises:
-        UserError: a run failed; those under way are finished first.
-        KeyboardInterrupt: after all runs under way have saved their state.
-    """
-    waiting = [job for job in jobs if read_result(study, job) is None]
-    if processes == 1:
-        if any(run_one(study, job) is None for job in waiting):
-            raise KeyboardInterrupt
-        return
-    found = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": found}
-    running: dict[Job, subprocess.Popen[bytes]] = {}
-    failed: list[Job] = []
-    try:
-        while running or (waiting and not failed):
-            while waiting and not failed and len(running) < processes:
-                job = waiting.pop(0)
-                log = folder_of(study, job) / "output.txt"
-                log.parent.mkdir(parents=True, exist_ok=True)
-                command = [sys.executable, "-m", "benchmarks.representations", *arguments, "--one", str(job)]
-                with log.open("ab") as output:
-                    running[job] = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
-                print(f"{job} started ({len(waiting)} waiting), log {log}", file=sys.stderr, flush=True)
-            time.sleep(0.2)
-            for job in [job for job, process in running.items() if process.poll() is not None]:
-                code = running.pop(job).returncode
-                failed += [job] if code else []
-                print(f"{job} {'failed' if code else 'done'}", file=sys.stderr, flush=True)
-    finally:
-        for process in running.values():
-            process.send_signal(signal.SIGINT)
-        for process in running.values():
-            process.wait()
-    if failed:
-        log = folder_of(study, failed[0]) / "output.txt"
-        last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-        raise UserError(f"{failed[0]} failed: {' '.join(last) or 'no message'}; see {log}")
-
-
 def conditions(study: Study, command: str) -> list[str]:
     """What the report says of the runs before its tables."""
     return [
@@ -338,60 +283,49 @@ def conditions(study: Study, command: str) -> list[str]:
     ]
 
 
-def _plain(value: Any) -> Any:
-    return json.loads(json.dumps(value))
+def jobs_of(study: Study) -> dict[str, Job]:
+    """By name, seed after seed."""
+    names = [(domain, variant) for domain in study.domains for variant in study.variants]
+    jobs = [Job(domain, variant, seed) for seed in range(study.seeds) for domain, variant in names]
+    return {str(job): job for job in jobs}
 
 
-def _write(path: Path, content: str) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(content, encoding="utf-8")
+def check_all_sizes(study: Study) -> None:
+    """See `check_sizes`."""
+    for domain in study.domains:
+        for variant, count in check_sizes(study, domain).items():
+            print(f"{domain} {variant}: {count:,} parameters", file=sys.stderr, flush=True)
+
+
+def result_of(study: Study, job: Job) -> dict[str, Any] | None:
+    """A finished run's result, if it is there."""
+    return read_result(folder_of(study, job), result_settings(study, job))
+
+
+def report(study: Study, command: str) -> tuple[str, dict[str, Any]]:
+    """Markdown and figures of finished runs."""
+    figures = {}
+    for domain in study.domains:
+        found = {v: [result_of(study, Job(domain, v, seed)) for seed in range(study.seeds)] for v in study.variants}
+        figures[domain] = compare({v: [r for r in results if r is not None] for v, results in found.items()})
+    about = {name: domain.about for name, domain in study.domains.items()}
+    text = markdown(figures, about, conditions(study, command))
+    return text, {"command": command, "study": asdict(study), "domains": figures}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=HERE / "representations.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as seeds=1 steps=50")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
-    parser.add_argument("--one", help="DOMAIN/VARIANT/SEED: only this run")
-    parser.add_argument("--markdown", type=Path, default=HERE / "results" / "representations.md")
-    parser.add_argument("--json", type=Path, default=HERE / "results" / "representations.json")
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    options = parser.parse_intermixed_args(given)
-    if options.jobs < 1:
-        parser.error(f"--jobs={options.jobs} must be at least 1")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        mapping = apply_overrides(read_yaml(options.config), options.overrides)
-        study = from_mapping(Study, mapping, where=str(options.config))
-        seeds, names = range(study.seeds), [(d, v) for d in study.domains for v in study.variants]
-        jobs = [Job(domain, variant, seed) for seed in seeds for domain, variant in names]
-        if options.one:
-            named = {str(job): job for job in jobs}
-            if options.one not in named:
-                raise UserError(f"--one {options.one} is none of {', '.join(named)}")
-            return 0 if run_one(study, named[options.one]) is not None else 130
-        for domain in study.domains:
-            for variant, count in check_sizes(study, domain).items():
-                print(f"{domain} {variant}: {count:,} parameters", file=sys.stderr, flush=True)
-        run_all(study, jobs, options.jobs, ["--config", str(options.config), *options.overrides])
-        figures = {}
-        for domain in study.domains:
-            found = {v: [read_result(study, Job(domain, v, seed)) for seed in seeds] for v in study.variants}
-            figures[domain] = compare({v: [r for r in results if r is not None] for v, results in found.items()})
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    command = shlex.join(["python", "-m", "benchmarks.representations", *given])
-    report = markdown(
-        figures, {name: domain.about for name, domain in study.domains.items()}, conditions(study, command)
+    return run_study(
+        arguments,
+        module="benchmarks.representations",
+        description=__doc__,
+        config=HERE / "representations.yaml",
+        settings=Study,
+        runs_of=lambda study: [Run(name=n, folder=folder_of(study, job)) for n, job in jobs_of(study).items()],
+        make=lambda study, run: run_one(study, jobs_of(study)[run.name]) is not None,
+        is_done=lambda study, run: result_of(study, jobs_of(study)[run.name]) is not None,
+        report=report,
+        check=check_all_sizes,
     )
-    print(report)
-    _write(options.markdown, report)
-    _write(options.json, json.dumps({"command": command, "study": asdict(study), "domains": figures}, indent=1) + "\n")
-    return 0
 
 
 if __name__ == "__main__":

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.study import RESAMPLES, bounds, drawn_ratios
 from hybridlm.likelihood import ClipNLL, bits_per_second, bootstrap_ratio
 from tokenizer.errors import UserError
 from training.loop import autocast_dtype
-
-RESAMPLES = 2000
 
 
 class Scores:
@@ -45,16 +44,11 @@ def _codebook(k: int) -> Callable[[ClipNLL], float]:
 
 def estimate(nats: torch.Tensor, frames: torch.Tensor) -> dict[str, Any]:
     """Nats a frame of (seeds, clips) sums, with both intervals and each seed's own."""
-    generator = torch.Generator().manual_seed(0)
-    seeds = torch.randint(nats.shape[0], (RESAMPLES, nats.shape[0]), generator=generator)
-    clips = torch.randint(nats.shape[1], (RESAMPLES, nats.shape[1]), generator=generator)
-    both = nats[seeds].mean(dim=1).gather(1, clips).sum(dim=1) / frames[clips].sum(dim=1)
-    low, high = both.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     over_clips = bootstrap_ratio(nats.mean(dim=0).tolist(), frames.tolist(), num_resamples=RESAMPLES)
     return {
         **asdict(over_clips),
         "excludes_zero": over_clips.excludes_zero(),
-        "seeds_too": [low, high],
+        "seeds_too": bounds(drawn_ratios(nats, frames)),
         "per_seed": (nats.sum(dim=1) / frames.sum()).tolist(),
     }
 

@@ -52,6 +52,8 @@ class DashengConfig:
     n_fft: int = 1024
     num_mels: int = 128
     """Bands of the log-mel that the acoustic layer sees."""
+    inject: bool = True
+    """Whether there is an acoustic layer; without it, features are the frozen semantics alone, for comparison."""
     causal: bool = True
     """Whether the decoder sees present and past frames alone. The published one was trained centred: false."""
     upsampling: int = 2
@@ -66,7 +68,7 @@ class DashengConfig:
     codebook_size: int = 1024
 
     def __post_init__(self) -> None:
-        for name in (f.name for f in fields(self) if f.name not in ("semantic", "causal")):
+        for name in (f.name for f in fields(self) if f.name not in ("semantic", "causal", "inject")):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
         frame_samples = self.semantic.frame_samples
@@ -111,8 +113,10 @@ class InjectedEncoder(nn.Module):
             power=1,
         )
         patch = (config.num_mels, semantic.patch_hops)
-        self.patch_embed = nn.Conv2d(1, semantic.hidden_dim, patch, stride=patch)
-        self.norm = nn.LayerNorm(semantic.hidden_dim)
+        self.inject = config.inject
+        if config.inject:
+            self.patch_embed = nn.Conv2d(1, semantic.hidden_dim, patch, stride=patch)
+            self.norm = nn.LayerNorm(semantic.hidden_dim)
         self.margin = max(self.mel.margin, self.model.mel.margin)
 
     def train(self, mode: bool = True) -> InjectedEncoder:
@@ -130,6 +134,8 @@ class InjectedEncoder(nn.Module):
         """Of one window, whose samples begin and end `margin` before its first hop's centre and after its last's."""
         with torch.no_grad():
             semantic = self.model.window(_crop(samples, self.margin - self.model.mel.margin))
+        if not self.inject:
+            return Injection(semantic, torch.zeros_like(semantic))
         log_mel = self.mel(_crop(samples, self.margin - self.mel.margin)).clamp(min=1e-7).log()
         acoustic = self.patch_embed(log_mel.unsqueeze(1)).squeeze(2).transpose(1, 2)
         return Injection(semantic, self.norm(acoustic))
@@ -256,11 +262,13 @@ class DashengTokenizer(nn.Module):
 
         The decoder does not count: with another one, the same frames only sound different.
         """
-        decoder = ("causal", "upsampling", "kernel_size", "synthesis_window")
+        without = {"causal", "upsampling", "kernel_size", "synthesis_window"} | (
+            {"inject"} if self.config.inject else set()
+        )
         settings = {
             name: value
             for name, value in asdict(self.config).items()
-            if name not in decoder and not name.startswith("decoder_")
+            if name not in without and not name.startswith("decoder_")
         }
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for key, tensor in sorted(self.state_dict().items()):

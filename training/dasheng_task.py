@@ -20,17 +20,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tokenizer.adversary import (
-    MultiResolutionDiscriminator,
-    adversarial_loss,
-    discriminator_loss,
-    feature_matching_loss,
-)
 from tokenizer.dasheng import DashengConfig, DashengTokenizer, Injection
 from tokenizer.dasheng_encoder import DashengEncoderConfig
 from tokenizer.dasheng_weights import load_published_tokenizer, load_semantic_encoder
 from tokenizer.errors import UserError
 from tokenizer.mel import MultiResolutionMelLoss
+from training.adversarial import Adversary
 from training.task import Batch, Sample
 from training.tokenizer_data import TokenizerDataConfig, open_segments, training_batches, validation_segments
 from training.tokenizer_task import bottleneck
@@ -42,7 +37,7 @@ class DashengLossConfig:
 
     mel_weight: float = 45.0
     preservation_weight: float = 45.0
-    """Of the acoustic side's squared distance to the frozen semantics."""
+    """Of the acoustic side's squared distance to the frozen semantics; where nothing is injected, there is no such."""
     feature_matching_weight: float = 1.0
     adversarial_weight: float = 1.0
     projection_weight: float = 1.0
@@ -121,8 +116,7 @@ class DashengTask:
     def __init__(self, config: DashengTaskConfig) -> None:
         self.config = config
         self.tokenizer = _untrained(config)
-        losses = config.losses
-        self.discriminator = MultiResolutionDiscriminator(losses.discriminator_n_ffts, losses.discriminator_channels)
+        self.adversary = Adversary(config.losses)
         rate = self.tokenizer.sample_rate_hz
         self.mel = MultiResolutionMelLoss(rate)
         self.num_samples = config.data.segment_frames * self.tokenizer.hop_length
@@ -131,14 +125,11 @@ class DashengTask:
 
     def modules(self) -> Mapping[str, nn.Module]:
         """The tokenizer and, where it takes part at all, its adversary."""
-        modules: dict[str, nn.Module] = {"model": self.tokenizer}
-        if self._adversarial_weight > 0:
-            modules["discriminator"] = self.discriminator
-        return modules
+        return {"model": self.tokenizer, **self.adversary.modules()}
 
     def turns(self, step: int) -> Sequence[str]:
         """The tokenizer alone at first; from `adversarial_from_step` on also its adversary."""
-        return ("model", "discriminator") if self._adversarial(step) else ("model",)
+        return ("model", "discriminator") if self.adversary.plays(step) else ("model",)
 
     def loss(
         self, turn: str, batch: Batch, *, step: int, generator: torch.Generator
@@ -146,7 +137,7 @@ class DashengTask:
         """The tokenizer's weighted sum, or the discriminator's hinge loss on what the tokenizer just made."""
         waveform = batch["waveform"]
         if turn == "discriminator":
-            return discriminator_loss(self.discriminator(waveform), self.discriminator(batch["fake"])), {}
+            return self.adversary.own_loss(batch), {}
         losses, tokenizer = self.config.losses, self.tokenizer
         injection = tokenizer.encoder(waveform[:, 0])
         latents = tokenizer.project(injection.features)
@@ -155,24 +146,21 @@ class DashengTask:
         )
         fake = tokenizer.synthesize(self.decodable(injection.features, latents, generator))[0].unsqueeze(1)
         self.mel.to(fake.device)
-        mel, preservation = self.mel(fake, waveform), preservation_loss(injection)
+        mel = self.mel(fake, waveform)
         projection = (tokenizer.expand(latents).float() - injection.features.detach().float()).square().mean()
-        loss = losses.mel_weight * mel + losses.preservation_weight * preservation
-        loss = loss + losses.projection_weight * projection
+        loss = losses.mel_weight * mel + losses.projection_weight * projection
         figures: dict[str, Tensor | float] = {
             "mel": mel.detach(),
-            "preservation": preservation.detach(),
             "projection": projection.detach(),
             "codes_in_use": sum(use) / len(use),
         }
-        if self._adversarial(step):
-            batch["fake"] = fake.detach()
-            with torch.no_grad():
-                real = self.discriminator(waveform)
-            judgement = self.discriminator(fake)
-            fooled, matching = adversarial_loss(judgement), feature_matching_loss(real, judgement)
-            loss = loss + losses.adversarial_weight * fooled + losses.feature_matching_weight * matching
-            figures |= {"adversarial": fooled.detach(), "feature_matching": matching.detach()}
+        if tokenizer.config.inject:
+            preservation = preservation_loss(injection)
+            loss = loss + losses.preservation_weight * preservation
+            figures["preservation"] = preservation.detach()
+        if self.adversary.plays(step):
+            against, said = self.adversary.against(fake, batch, step)
+            loss, figures = loss + against, {**figures, **said}
         return loss, figures
 
     def decodable(
@@ -230,13 +218,6 @@ class DashengTask:
             "latents": self.tokenizer.decode_latents(frames.latents),
             "codes": self.tokenizer.decode_codes(frames.codes),
         }
-
-    @property
-    def _adversarial_weight(self) -> float:
-        return self.config.losses.adversarial_weight + self.config.losses.feature_matching_weight
-
-    def _adversarial(self, step: int) -> bool:
-        return self._adversarial_weight > 0 and step >= self.config.losses.adversarial_from_step
 
 
 def _untrained(config: DashengTaskConfig) -> DashengTokenizer:

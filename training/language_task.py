@@ -38,38 +38,13 @@ from training.examples import (
     with_latents,
 )
 from training.language_loss import LanguageLossConfig, combine, sums
-from training.manifest import TagRule
 from training.new_model import new_model, taken_over
 from training.state import checkpoints
 from training.task import Batch, Sample
+from training.token_data import TokenDataConfig, open_frames
 
 Sampler = Callable[[HybridLM, Tokenizer, TextTokenizer], Sequence[Sample]]
 """Makes a model sound, for TensorBoard; given by the caller, for training does not know sampling."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LanguageDataConfig:
-    """What is read, and in which portions."""
-
-    caches: tuple[str, ...]
-    """Folders made by `hybridlm prepare`, all by the same tokenizer."""
-    rules: tuple[TagRule, ...] = ()
-    """Tags, use of text and weights by label; none: clips as the caches hold them."""
-    validation_fraction: float = 0.02
-    """Share of the training split held back for validation."""
-    batch_frames: int = 4000
-    """Frames a micro-batch, padding counted."""
-    max_frames: int = 750
-    """Longer clips are cut into windows of this many frames."""
-    validation_frames: int = 20_000
-    """Most frames that a validation reads."""
-
-    def __post_init__(self) -> None:
-        if not self.caches:
-            raise ValueError("caches=[] must name at least one folder made by `hybridlm prepare`")
-        for name in ("batch_frames", "max_frames", "validation_frames"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,7 +68,7 @@ class LanguageTaskConfig:
 
     tokenizer: str
     """Name or folder of the tokenizer that made the caches."""
-    data: LanguageDataConfig
+    data: TokenDataConfig
     text: TextConfig = field(default_factory=TextConfig)
     model: dict[str, Any] = field(default_factory=dict)
     """Fields of `hybridlm.config.ModelConfig`, without those that the tokenizer and the text model decide."""
@@ -128,8 +103,10 @@ class LanguageTask:
         else:
             known = needs_no_folder(config.tokenizer)
             self.tokenizer = load_tokenizer(config.tokenizer if known else resolve(config.tokenizer))
-        self.train_data = self._cache("train")
-        self.validation_data = self._cache("validation") if config.data.validation_fraction > 0 else None
+        self.train_data = open_frames(config.data, "train", self.tokenizer)
+        self.validation_data = None
+        if config.data.validation_fraction > 0:
+            self.validation_data = open_frames(config.data, "validation", self.tokenizer)
         self.text = start.text if start is not None else self._text(output)
         for tag in self.train_data.index.all_tags():
             self.text.tag_id(tag)
@@ -335,16 +312,6 @@ class LanguageTask:
                 batch = []
             batch.append(window)
         yield batch
-
-    def _cache(self, split: str) -> TokenCache:
-        data = self.config.data
-        return TokenCache(
-            [Path(folder) for folder in data.caches],
-            tokenizer=self.tokenizer,
-            split=split,
-            validation_fraction=data.validation_fraction,
-            rules=data.rules,
-        )
 
     def _text(self, output: Path) -> TextTokenizer:
         """The given text model, that of the run to be resumed, or one learned now."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,6 +144,7 @@ def probe(
     seed: int = 42,
     problems: Sequence[str] = (),
     console: Console | None = None,
+    when_scored: Callable[[ProbeRow], None] = lambda row: None,
 ) -> ProbeReport:
     """Embed the clips of a task with the floor and every source, and score all of them on the same clips.
 
@@ -156,6 +157,7 @@ def probe(
         seed: Of the linear probe and of random folds.
         problems: What was wrong with the manifest, for the report.
         console: Where progress and problems go; standard error by default.
+        when_scored: Called with each row as it comes.
 
     Raises:
         UserError: the task does not suit the clips (see `select` and `make_plan`), or no file could be read.
@@ -175,7 +177,7 @@ def probe(
     for one in found:
         rows = torch.tensor([one.kept.index(i) for i in kept], dtype=torch.long)
         vectors.update({name: table[rows] for name, table in one.vectors.items()})
-    return score(plan, vectors, methods=methods, seed=seed, notes=notes, problems=problems)
+    return score(plan, vectors, methods=methods, seed=seed, notes=notes, problems=problems, when_scored=when_scored)
 
 
 def score(
@@ -186,6 +188,7 @@ def score(
     seed: int = 42,
     notes: Sequence[str] = (),
     problems: Sequence[str] = (),
+    when_scored: Callable[[ProbeRow], None] = lambda row: None,
 ) -> ProbeReport:
     """Train and score every representation by every method.
 
@@ -196,6 +199,7 @@ def score(
         seed: Of the linear probe.
         notes: What was left out, for the report.
         problems: Files that could not be read, for the report.
+        when_scored: Called with each row as it comes.
     """
     targets = torch.tensor(plan.targets)
     scored = torch.tensor([i for part in plan.parts for i in part.test])
@@ -246,6 +250,7 @@ def score(
                     },
                 )
             )
+            when_scored(rows[-1])
     return ProbeReport(
         task=plan.task,
         seed=seed,

@@ -20,30 +20,9 @@ from tokenizer.loading import load_tokenizer
 from tokenizer.representation import RepresentationConfig, RepresentationEncoder
 from training.corpus import TokenCache, Window
 from training.llm_supervision import FrozenLLM, Projector, load_llm
-from training.manifest import TagRule
 from training.rq_mtp import MultiTokenHeads, RandomProjectionQuantizer, codebook_use
 from training.task import Batch, Sample
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RepresentationDataConfig:
-    """What is read, and in which portions."""
-
-    caches: tuple[str, ...]
-    """Folders made by `hybridlm prepare` with the tokenizer."""
-    rules: tuple[TagRule, ...] = ()
-    """Use of text and weights by label; a clip's tags are its caption where it has no text and `captions` is on."""
-    validation_fraction: float = 0.02
-    batch_frames: int = 4000
-    max_frames: int = 375
-    validation_frames: int = 10_000
-
-    def __post_init__(self) -> None:
-        if not self.caches:
-            raise ValueError("caches=[] must name at least one folder made by `hybridlm prepare`")
-        for name in ("batch_frames", "max_frames", "validation_frames"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+from training.token_data import TokenDataConfig, open_frames
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,7 +62,8 @@ class RepresentationTaskConfig:
 
     tokenizer: str
     """Folder of the F3 autoencoder that made the caches; it stays as it is."""
-    data: RepresentationDataConfig
+    data: TokenDataConfig
+    """A clip's tags are its caption where it has no text and `captions` is on."""
     encoder: RepresentationConfig = field(default_factory=RepresentationConfig)
     losses: RepresentationLossConfig = field(default_factory=RepresentationLossConfig)
 
@@ -114,16 +94,20 @@ class RepresentationTask:
         if not isinstance(found, F3Tokenizer):
             raise UserError(f"tokenizer={config.tokenizer} is of type {found.name}; this encoder is for f3")
         self.tokenizer = found.without_representation().requires_grad_(False)
-        self.train_data = self._cache("train")
-        self.validation_data = self._cache("validation") if config.data.validation_fraction > 0 else self.train_data
+        self.train_data = open_frames(config.data, "train", self.tokenizer)
+        self.validation_data = self.train_data
+        if config.data.validation_fraction > 0:
+            self.validation_data = open_frames(config.data, "validation", self.tokenizer)
         losses = config.losses
         self.llm = load_llm(losses.llm) if losses.llm_weight > 0 and losses.llm is not None else None
-        self.targets = RandomProjectionQuantizer(
-            self.tokenizer.latent_dim,
-            projection_dim=losses.projection_dim,
-            codebook_size=losses.codebook_size,
-            seed=losses.projection_seed,
-        )
+        self.targets = None
+        if losses.rq_weight > 0:
+            self.targets = RandomProjectionQuantizer(
+                self.tokenizer.latent_dim,
+                projection_dim=losses.projection_dim,
+                codebook_size=losses.codebook_size,
+                seed=losses.projection_seed,
+            )
         self.learner = Learner(self.tokenizer.latent_dim, config, self.llm)
 
     def modules(self) -> Mapping[str, nn.Module]:
@@ -161,7 +145,7 @@ class RepresentationTask:
         mask = torch.arange(latents.shape[1], device=latents.device) < lengths[:, None]
         total = torch.zeros((), device=latents.device)
         figures: dict[str, Tensor | float] = {}
-        if self.learner.heads is not None:
+        if self.learner.heads is not None and self.targets is not None:
             codes = self.targets.to(latents.device)(latents)
             each, hits = self.learner.heads(features, codes, mask)
             total = total + losses.rq_weight * each.mean()
@@ -219,13 +203,3 @@ class RepresentationTask:
             batch = next(windows)
             left -= sum(window.frames for window in batch)
             yield batch
-
-    def _cache(self, split: str) -> TokenCache:
-        data = self.config.data
-        return TokenCache(
-            [Path(folder) for folder in data.caches],
-            tokenizer=self.tokenizer,
-            split=split,
-            validation_fraction=data.validation_fraction,
-            rules=data.rules,
-        )

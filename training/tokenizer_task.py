@@ -14,12 +14,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tokenizer.adversary import (
-    MultiResolutionDiscriminator,
-    adversarial_loss,
-    discriminator_loss,
-    feature_matching_loss,
-)
 from tokenizer.bottleneck import add_noise, coding_rate
 from tokenizer.f3 import F3Tokenizer
 from tokenizer.f3_network import F3Config
@@ -27,6 +21,7 @@ from tokenizer.loudness import LoudnessLoss
 from tokenizer.mel import MultiResolutionMelLoss
 from tokenizer.pitch import pitch_loss, track_pitch
 from tokenizer.quantizer import ResidualQuantizer
+from training.adversarial import Adversary
 from training.task import Batch, Sample
 from training.tokenizer_data import TokenizerDataConfig, open_segments, training_batches, validation_segments
 
@@ -95,8 +90,7 @@ class TokenizerTask:
         self.config = config
         self.tokenizer = F3Tokenizer(config.tokenizer)
         self.tokenizer.encoder.requires_grad_(config.part == "all")
-        losses = config.losses
-        self.discriminator = MultiResolutionDiscriminator(losses.discriminator_n_ffts, losses.discriminator_channels)
+        self.adversary = Adversary(config.losses, ramp_steps=config.losses.adversarial_ramp_steps, every=2)
         self.mel = MultiResolutionMelLoss(config.tokenizer.sample_rate_hz)
         self.loudness = LoudnessLoss(config.tokenizer.sample_rate_hz)
         rate = config.tokenizer.sample_rate_hz
@@ -105,24 +99,19 @@ class TokenizerTask:
 
     def modules(self) -> Mapping[str, nn.Module]:
         """The autoencoder and, where it takes part at all, its adversary."""
-        modules: dict[str, nn.Module] = {"model": self.tokenizer}
-        if self._adversarial_weight > 0:
-            modules["discriminator"] = self.discriminator
-        return modules
+        return {"model": self.tokenizer, **self.adversary.modules()}
 
     def turns(self, step: int) -> Sequence[str]:
         """The autoencoder alone at first; from `adversarial_from_step` on also its adversary."""
-        return ("model", "discriminator") if self._adversarial(step) else ("model",)
+        return ("model", "discriminator") if self.adversary.plays(step) else ("model",)
 
     def loss(
         self, turn: str, batch: Batch, *, step: int, generator: torch.Generator
     ) -> tuple[Tensor, Mapping[str, Tensor | float]]:
         """The autoencoder's weighted sum, or the discriminator's hinge loss on what the autoencoder just made."""
         waveform = batch["waveform"]
-        judged = slice(0, None, 2)  # half of the rows, of noisy and quantized ones alike: judging is the dearest part
         if turn == "discriminator":
-            loss = discriminator_loss(self.discriminator(waveform[judged]), self.discriminator(batch["fake"]))
-            return loss, {}
+            return self.adversary.own_loss(batch), {}
         losses = self.config.losses
         latents, _ = self.tokenizer.encoder(waveform[:, 0])
         figures: dict[str, Tensor | float] = {}
@@ -159,15 +148,9 @@ class TokenizerTask:
             loss = loss - losses.rate_weight * (1 - step / losses.rate_until_step) * rate
             figures["coding_rate"] = rate.detach()
         figures |= {"mel": mel.detach(), "quantization_error": quantization_error}
-        if self._adversarial(step):
-            batch["fake"] = fake[judged].detach()
-            with torch.no_grad():
-                real = self.discriminator(waveform[judged])
-            judgement = self.discriminator(fake[judged])
-            fooled, matching = adversarial_loss(judgement), feature_matching_loss(real, judgement)
-            ramp = min(1.0, (step - losses.adversarial_from_step + 1) / losses.adversarial_ramp_steps)
-            loss = loss + ramp * (losses.adversarial_weight * fooled + losses.feature_matching_weight * matching)
-            figures |= {"adversarial": fooled.detach(), "feature_matching": matching.detach()}
+        if self.adversary.plays(step):
+            against, said = self.adversary.against(fake, batch, step)
+            loss, figures = loss + against, {**figures, **said}
         return loss, figures
 
     def batches(self, *, seed: int, rank: int, world_size: int, skip: int) -> Iterator[Batch]:
@@ -214,13 +197,6 @@ class TokenizerTask:
     @property
     def _segment_samples(self) -> int:
         return self.config.data.segment_frames * self.config.tokenizer.hop_length
-
-    @property
-    def _adversarial_weight(self) -> float:
-        return self.config.losses.adversarial_weight + self.config.losses.feature_matching_weight
-
-    def _adversarial(self, step: int) -> bool:
-        return self._adversarial_weight > 0 and step >= self.config.losses.adversarial_from_step
 
 
 def bottleneck(

@@ -42,7 +42,12 @@ def test_one_command_writes_both_tables(words: list[str], tmp_path: Path, capsys
     files = ["--markdown", str(tmp_path / "t.md"), "--json", str(tmp_path / "t.json")]
     assert probes.main([*words, *files, "seed=3"]) == 0
     text = (tmp_path / "t.md").read_text()
-    assert capsys.readouterr().out.strip() == text.strip()
+    printed, told = capsys.readouterr()
+    assert printed.strip() == text.strip()
+    # Rows are told as they come, task by task.
+    each = [line.strip("| ") for line in text.splitlines() if line.startswith(("| log-mel", "| tiny"))]
+    at = [told.index(line) for line in ["task pitch", *each, "task voice"]]
+    assert len(each) == 6 and at == sorted(at)
     rows = [line.split(" | ")[:2] for line in text.splitlines() if line.startswith("| ")][1:]
     names = ["log-mel (floor)", "tiny latents", "tiny codes"]
     assert rows == [[f"| {name}", method] for name in names for method in ("linear", "knn")]

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from benchmarks import representations, representations_report
+from benchmarks import study as studies
 from benchmarks.representations_report import compare, markdown
 from tests.support.toy_corpus import TINY_MODEL, write_cache
 from tokenizer.errors import UserError
@@ -42,7 +43,8 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(representations_report, "RESAMPLES", 100)
+    for module in (representations_report, studies):
+        monkeypatch.setattr(module, "RESAMPLES", 100)
 
 
 def run(study: dict[str, Any], folder: Path, *arguments: str) -> int:

@@ -97,6 +97,33 @@ def test_one_batch_is_learned(semantic: Path, tmp_path: Path) -> None:
         assert last < share * first, (name, first, last)
 
 
+def test_the_compact_projection_learns(semantic: Path, tmp_path: Path) -> None:
+    """8 of 24 dimensions come to hold most of the features' variance; with `compress` left as it was, they do not."""
+    losses = {"mel_weight": 0, "preservation_weight": 0, "adversarial_weight": 0, "feature_matching_weight": 0}
+    section = mapping(tmp_path, semantic=str(semantic), tokenizer=SHAPE, losses=losses)["dasheng"]
+    torch.manual_seed(0)
+    task = DashengTask(from_mapping(DashengTaskConfig, section))
+    tokenizer = task.tokenizer
+    waveform = read_audio(DATA / "kathleen-1.opus", 1600)[:, : 8 * task.num_samples].reshape(8, 1, -1)
+
+    def unexplained() -> float:
+        with torch.no_grad():
+            features = tokenizer.encoder(waveform[:, 0]).features
+            back = tokenizer.expand(tokenizer.encode(waveform).latents)
+            return float((back - features).square().mean() / (features - features.mean(dim=(0, 1))).square().mean())
+
+    first = unexplained()
+    optimizer = torch.optim.Adam([p for p in tokenizer.parameters() if p.requires_grad], lr=2e-2)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(150):
+        loss, _ = task.loss("model", {"waveform": waveform}, step=step, generator=generator)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    last = unexplained()
+    assert first > 1 and last < 0.35, (first, last)
+
+
 def test_preservation_by_hand() -> None:
     injection = Injection(torch.full((1, 2, 3), 2.0), torch.full((1, 2, 3), 0.5))
     assert float(preservation_loss(injection)) == 2.25
@@ -112,6 +139,22 @@ def test_rows_are_decoded_from_features_codes_and_noisy_latents(semantic: Path, 
     assert torch.equal(seen[:2], features[:2])
     full = task.tokenizer.expand(task.tokenizer.dequantize(task.tokenizer.quantize(latents)))
     torch.testing.assert_close(seen[2:], full[2:])
+
+
+def test_semantics_alone_have_no_acoustic_weights_and_no_preservation(semantic: Path, tmp_path: Path) -> None:
+    """The features are the frozen encoder's, before and after; the decoder alone learns from them."""
+    alone = {**SHAPE, "inject": False}
+    train_mapping(mapping(tmp_path / "run", semantic=str(semantic), tokenizer=alone), "test")
+    log = (tmp_path / "run" / "log.jsonl").read_text()
+    assert "mel" in log and "preservation" not in log
+    made, encoder = load_tokenizer(tmp_path / "run" / "model"), load_semantic_encoder(semantic)
+    assert isinstance(made, DashengTokenizer) and not made.config.inject
+    assert all(key.startswith("encoder.model.") for key in made.state_dict() if key.startswith("encoder."))
+    waveform = read_audio(DATA / "kathleen-1.opus", 1600)[None, :, : 20 * made.hop_length]
+    features = made.encode(waveform).features
+    assert features is not None
+    with torch.no_grad():
+        torch.testing.assert_close(features, encoder(waveform[:, 0]), atol=1e-5, rtol=1e-5)
 
 
 def test_a_published_tokenizer_gets_latents_and_codes_and_stays_as_it_was(tmp_path: Path) -> None:

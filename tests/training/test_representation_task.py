@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.support.tiny_audio_model import SENTENCES, tiny_tokenizer
+from tests.support.tiny_audio_model import SENTENCES, tiny_text, tiny_tokenizer
 from tests.support.toy_corpus import write_cache
 from tokenizer.errors import UserError
 from tokenizer.loading import load_tokenizer
@@ -84,7 +85,7 @@ def test_it_learns_and_leaves_the_autoencoder_alone(
     assert ("rq_mtp" in result.first) == (rq > 0) and ("llm" in result.first) == (llm > 0)
     if rq:
         assert result.best["rq_mtp"] < 0.9 * result.first["rq_mtp"]
-    if llm:  # as far as a language model of one layer can be told anything
+    if llm:  # as far as a language model of one layer can be told anything; see the next test
         assert result.best["llm"] < result.first["llm"] - 0.1
     made, plain = load_tokenizer(tmp_path / "run" / "model"), tiny_tokenizer()
     assert made.feature_dim == 16
@@ -92,6 +93,40 @@ def test_it_learns_and_leaves_the_autoencoder_alone(
     with_it, without = made.encode(waveform), plain.encode(waveform)
     assert torch.equal(with_it.latents, without.latents) and torch.equal(with_it.codes, without.codes)
     assert with_it.features is not None and with_it.features.isfinite().all()
+
+
+def test_features_tell_a_frozen_model_which_text_is_theirs(folders: dict[str, str], tmp_path: Path) -> None:
+    """Large random weights listen to their prefix, but know no text: all that is gained came through the features."""
+    text = tiny_text()
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=text.vocab_size, initializer_range=0.3, tie_word_embeddings=False, **shape)
+    )
+    model.save_pretrained(tmp_path)
+    text.save(tmp_path)
+    wanted = settings(folders, rq_weight=0.0, captions=False, llm=str(tmp_path))
+    task = RepresentationTask(from_mapping(RepresentationTaskConfig, wanted))
+    assert task.targets is None and task.learner.heads is None
+    batch = next(task.batches(seed=0, rank=0, world_size=1, skip=0))
+    own = [words for words in batch["texts"] if words]
+    assert len(set(own)) > 2
+    others = iter(own[1:] + own[:1])
+    swapped = {**batch, "texts": [next(others) if words else None for words in batch["texts"]]}
+
+    def nats(of: dict[str, Any]) -> float:
+        with torch.no_grad():
+            return float(task.loss("model", of, step=0, generator=torch.Generator())[1]["llm"])
+
+    first = nats(batch)
+    assert nats(swapped) == pytest.approx(first, abs=0.3)
+    optimizer = torch.optim.Adam(task.learner.parameters(), lr=1e-2)
+    for _ in range(60):
+        loss, _ = task.loss("model", batch, step=0, generator=torch.Generator())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert nats(batch) < 0.5 * first and nats(swapped) > nats(batch) + 2.0
 
 
 def test_texts_are_transcripts_of_whole_clips_or_captions(folders: dict[str, str]) -> None:

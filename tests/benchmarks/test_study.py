@@ -1,0 +1,92 @@
+"""Runs of a study: in order of need, finished ones kept, failures told; and its bootstrap, against a plain loop."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import study
+from benchmarks.study import Run, drawn_ratios, read_result, run_missing
+from tokenizer.errors import UserError
+
+
+def runs(folder: Path) -> list[Run]:
+    return [
+        Run(name="a", folder=folder / "a", needs=("teacher",)),
+        Run(name="done", folder=folder / "done"),
+        Run(name="teacher", folder=folder / "teacher"),
+        Run(name="b", folder=folder / "b", needs=("done",)),
+    ]
+
+
+def test_what_others_need_is_made_first(tmp_path: Path) -> None:
+    made: list[str] = []
+    told: list[str] = []
+    run_missing(
+        runs(tmp_path),
+        lambda run: made.append(run.name) is None,
+        module="no.such.module",
+        arguments=[],
+        processes=1,
+        is_done=lambda run: run.name == "done",
+        when_done=lambda run: told.append(run.name),
+    )
+    assert made == told == ["teacher", "a", "b"]
+
+
+def test_an_interrupted_run_stops_the_study(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run_missing(runs(tmp_path), lambda run: False, module="", arguments=[], processes=1, is_done=lambda run: False)
+
+
+def test_processes_wait_for_what_they_need_and_a_failure_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A module that succeeds for `teacher` alone; `a` needs it, fails, and `b` never begins."""
+    (tmp_path / "makes_runs.py").write_text(
+        "import pathlib, sys\n"
+        "name = sys.argv[sys.argv.index('--one') + 1]\n"
+        "teacher = pathlib.Path(sys.argv[1])\n"
+        "if name == 'teacher': teacher.touch()\n"
+        "else: sys.exit('no luck' if teacher.exists() else 'began too early')\n"
+    )
+    wanted = [run for run in runs(tmp_path) if run.name in ("a", "teacher")]
+    wanted.append(Run(name="b", folder=tmp_path / "b", needs=("a",)))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(UserError, match=r"^a failed: no luck; see .*output.txt"):
+        run_missing(
+            wanted,
+            lambda run: pytest.fail("must run in a process of its own"),
+            module="makes_runs",
+            arguments=[str(tmp_path / "flag")],
+            processes=2,
+            is_done=lambda run: False,
+        )
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_result_of_other_settings_is_refused(tmp_path: Path) -> None:
+    assert read_result(tmp_path, {"made": {}}) is None
+    (tmp_path / "result.json").write_text(json.dumps({"made": {"steps": 3, "data": {"rules": [1]}}, "figure": 0.5}))
+    found = read_result(tmp_path, {"made": {"steps": 3, "data": {"rules": (1,)}}})
+    assert found is not None and found["figure"] == 0.5
+    with pytest.raises(UserError, match=r"made with other settings \(data.rules\); choose another output"):
+        read_result(tmp_path, {"made": {"steps": 3, "data": {"rules": [2]}}})
+    with pytest.raises(UserError, match=r"other settings \(task\)"):
+        read_result(tmp_path, {"task": "digit"})
+
+
+def test_the_bootstrap_draws_seeds_and_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "RESAMPLES", 50)
+    values, sizes = torch.rand(3, 7, dtype=torch.float64), torch.arange(1.0, 8.0, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    seeds = torch.randint(3, (50, 3), generator=generator)
+    units = torch.randint(7, (50, 7), generator=generator)
+    expected = [
+        sum(float(values[s, u]) for s in some for u in drawn) / 3 / float(sizes[drawn].sum())
+        for some, drawn in zip(seeds, units, strict=True)
+    ]
+    assert drawn_ratios(values, sizes).tolist() == pytest.approx(expected)
