@@ -17,10 +17,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -30,18 +28,17 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from benchmarks.audio_alone import Beginnings, empty_text
+from benchmarks.jobs import plain, run_jobs, write
 from benchmarks.representations_report import compare, machine, markdown
 from hybridlm.checkpoint import load_model
 from hybridlm.config import ModelConfig
 from hybridlm.model import HybridLM
 from tokenizer.errors import UserError
-from tokenizer.files import replacing
 from tokenizer.settings import from_mapping
-from tokenizer.text import TextTokenizer
 from training.config import OptimizerConfig, apply_overrides, changed_keys, read_yaml
-from training.corpus import CachedClip, TokenCache, Window
+from training.corpus import TokenCache
 from training.evaluate import score_clips
-from training.examples import GOES_ON
 from training.manifest import TagRule
 from training.run import train_mapping
 from training.state import checkpoints
@@ -117,18 +114,6 @@ class Job(NamedTuple):
         return f"{self.domain}/{self.variant}/{self.seed}"
 
 
-class Beginnings(TokenCache):
-    """Clips cut after `max_frames`; noise drawn for a part is that of the whole clip's beginning."""
-
-    max_frames = 1
-
-    def __getitem__(self, clip: int) -> CachedClip:
-        found = self.read(Window(clip, 0, min(self.max_frames, self.num_frames(clip))))
-        if self.num_frames(clip) > self.max_frames:
-            found.labels[GOES_ON] = "true"
-        return found
-
-
 # What is run
 
 
@@ -152,7 +137,7 @@ def settings_of(study: Study, job: Job) -> dict[str, Any]:
         "precision": study.precision,
         "threads": 1,
         "ema_decay": study.ema_decay,
-        "optimizer": _plain(asdict(study.optimizer)),
+        "optimizer": plain(asdict(study.optimizer)),
         "validate_every": study.validate_every,
         "checkpoint_every": 200,
         "keep_checkpoints": 1,
@@ -161,7 +146,7 @@ def settings_of(study: Study, job: Job) -> dict[str, Any]:
             "tokenizer": study.tokenizer,
             "data": {
                 "caches": list(domain.caches),
-                "rules": _plain([asdict(rule) for rule in domain.rules]),
+                "rules": plain([asdict(rule) for rule in domain.rules]),
                 "validation_fraction": study.validation_fraction,
                 "validation_frames": study.validation_frames,
                 "batch_frames": study.batch_frames,
@@ -186,19 +171,13 @@ def scoring_settings(study: Study, domain: str) -> dict[str, Any]:
     }
 
 
-def prepare_output(study: Study) -> TextTokenizer:
-    """The pieces of the empty prefix: the same for all runs, learned once."""
-    path = Path(study.output) / "text.model"
-    return TextTokenizer.load(path) if path.is_file() else TextTokenizer.train(["a"], path)
-
-
 def check_sizes(study: Study, domain: str) -> dict[str, int]:
     """Parameters by variant.
 
     Raises:
         UserError: when two variants differ by more than 5 %.
     """
-    vocab_size = prepare_output(study).vocab_size
+    vocab_size = empty_text(Path(study.output)).vocab_size
     cache = TokenCache([Path(folder) for folder in study.domains[domain].caches], rules=study.domains[domain].rules)
     derived = {name: getattr(cache, name) for name in ("num_codebooks", "codebook_size", "latent_dim", "feature_dim")}
     derived |= {"vocab_size": vocab_size, "frame_rate_hz": cache.frame_rate_hz}
@@ -222,7 +201,7 @@ def run_one(study: Study, job: Job) -> dict[str, Any] | None:
     about = {"training": settings, "test": scoring_settings(study, job.domain)}
     if (done := read_result(study, job)) is not None:
         return done
-    prepare_output(study)
+    empty_text(Path(study.output))
     if not train_mapping(settings, str(job), resume=True).finished:
         return None
     found = load_model(folder / "model")
@@ -253,7 +232,7 @@ def run_one(study: Study, job: Job) -> dict[str, Any] | None:
         "machine": machine(study.precision),
         "clips": clips,
     }
-    _write(folder / "result.json", json.dumps(result, indent=1) + "\n")
+    write(folder / "result.json", json.dumps(result, indent=1) + "\n")
     return result
 
 
@@ -268,7 +247,7 @@ def read_result(study: Study, job: Job) -> dict[str, Any] | None:
         return None
     result = json.loads(path.read_text(encoding="utf-8"))
     for part, now in (("training", settings_of(study, job)), ("test", scoring_settings(study, job.domain))):
-        if changed := changed_keys(result[part], _plain(now)):
+        if changed := changed_keys(result[part], plain(now)):
             raise UserError(f"{path} was made with other settings ({', '.join(changed)}); choose another output")
     return result
 
@@ -286,48 +265,6 @@ def frames_trained(study: Study, job: Job) -> int:
     return sum(window.frames for batch in itertools.islice(batches, study.steps) for window in batch)
 
 
-def run_all(study: Study, jobs: Sequence[Job], processes: int, arguments: Sequence[str]) -> None:
-    """Make the runs that are missing, `processes` at a time.
-
-    Raises:
-        UserError: a run failed; those under way are finished first.
-        KeyboardInterrupt: after all runs under way have saved their state.
-    """
-    waiting = [job for job in jobs if read_result(study, job) is None]
-    if processes == 1:
-        if any(run_one(study, job) is None for job in waiting):
-            raise KeyboardInterrupt
-        return
-    found = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": found}
-    running: dict[Job, subprocess.Popen[bytes]] = {}
-    failed: list[Job] = []
-    try:
-        while running or (waiting and not failed):
-            while waiting and not failed and len(running) < processes:
-                job = waiting.pop(0)
-                log = folder_of(study, job) / "output.txt"
-                log.parent.mkdir(parents=True, exist_ok=True)
-                command = [sys.executable, "-m", "benchmarks.representations", *arguments, "--one", str(job)]
-                with log.open("ab") as output:
-                    running[job] = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
-                print(f"{job} started ({len(waiting)} waiting), log {log}", file=sys.stderr, flush=True)
-            time.sleep(0.2)
-            for job in [job for job, process in running.items() if process.poll() is not None]:
-                code = running.pop(job).returncode
-                failed += [job] if code else []
-                print(f"{job} {'failed' if code else 'done'}", file=sys.stderr, flush=True)
-    finally:
-        for process in running.values():
-            process.send_signal(signal.SIGINT)
-        for process in running.values():
-            process.wait()
-    if failed:
-        log = folder_of(study, failed[0]) / "output.txt"
-        last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-        raise UserError(f"{failed[0]} failed: {' '.join(last) or 'no message'}; see {log}")
-
-
 def conditions(study: Study, command: str) -> list[str]:
     """What the report says of the runs before its tables."""
     return [
@@ -336,15 +273,6 @@ def conditions(study: Study, command: str) -> list[str]:
         f"{study.max_frames} frames, peak learning rate {study.optimizer.learning_rate:g} for all. Of each clip "
         f"of split {study.score} the first {study.test_seconds:g} s are scored.",
     ]
-
-
-def _plain(value: Any) -> Any:
-    return json.loads(json.dumps(value))
-
-
-def _write(path: Path, content: str) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(content, encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -373,7 +301,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for domain in study.domains:
             for variant, count in check_sizes(study, domain).items():
                 print(f"{domain} {variant}: {count:,} parameters", file=sys.stderr, flush=True)
-        run_all(study, jobs, options.jobs, ["--config", str(options.config), *options.overrides])
+        run_jobs(
+            [job for job in jobs if read_result(study, job) is None],
+            processes=options.jobs,
+            run_one=lambda job: run_one(study, job),
+            module="benchmarks.representations",
+            arguments=["--config", str(options.config), *options.overrides],
+            folder_of=lambda job: folder_of(study, job),
+        )
         figures = {}
         for domain in study.domains:
             found = {v: [read_result(study, Job(domain, v, seed)) for seed in seeds] for v in study.variants}
@@ -389,8 +324,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         figures, {name: domain.about for name, domain in study.domains.items()}, conditions(study, command)
     )
     print(report)
-    _write(options.markdown, report)
-    _write(options.json, json.dumps({"command": command, "study": asdict(study), "domains": figures}, indent=1) + "\n")
+    write(options.markdown, report)
+    write(options.json, json.dumps({"command": command, "study": asdict(study), "domains": figures}, indent=1) + "\n")
     return 0
 
 
