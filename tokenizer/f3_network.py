@@ -1,9 +1,9 @@
 """The networks of the autoencoder half of F3-Tokenizer (arXiv 2606.06357): STFT/ConvNeXt, causal, with their state.
 
 Encoder: right-aligned STFT, ConvNeXt blocks at the STFT's rate, a strided projection to the frame rate, ConvNeXt
-blocks, a projection to D channels, normalization per time step (or none). Decoder: the mirror image, ending in magnitudes and
-phases of overlapping windows as in Vocos (arXiv 2306.00814), each window starting at its own hop, so that a sample
-depends on present and past frames alone; beside them, filters on pulses at a predicted pitch and on noise
+blocks, a projection to D channels, normalization per time step (or none). Decoder: the mirror image, ending in
+magnitudes and phases of overlapping windows as in Vocos (arXiv 2306.00814), each window starting at its own hop, so
+that a sample depends on present and past frames alone; beside them, filters on pulses at a predicted pitch and on noise
 (`tokenizer.excitation`), which keep a voice periodic across windows.
 
 Shapes: B batch, T frames, H hops (`hops_per_frame` to a frame), D latent, S samples.

@@ -37,7 +37,6 @@ from tokenizer.quantizer import ResidualQuantizer
 from training.task import Batch, Sample
 from training.tokenizer_data import TokenizerDataConfig, open_segments, training_batches, validation_segments
 
-
 SCALE_BATCHES = 8
 """Batches of 16 segments from which the scale of latents that are not normalized is taken."""
 
