@@ -24,6 +24,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from benchmarks.audio_alone import Beginnings, empty_text
 from benchmarks.representations_report import compare, machine, markdown
 from benchmarks.study import (
     RESULT,
@@ -39,11 +40,9 @@ from hybridlm.config import ModelConfig
 from hybridlm.model import HybridLM
 from tokenizer.errors import UserError
 from tokenizer.settings import from_mapping
-from tokenizer.text import TextTokenizer
 from training.config import OptimizerConfig
-from training.corpus import CachedClip, TokenCache, Window
+from training.corpus import TokenCache
 from training.evaluate import score_clips
-from training.examples import GOES_ON
 from training.manifest import TagRule
 from training.probe import write_json
 from training.run import train_mapping
@@ -119,18 +118,6 @@ class Job(NamedTuple):
         return f"{self.domain}/{self.variant}/{self.seed}"
 
 
-class Beginnings(TokenCache):
-    """Clips cut after `max_frames`; noise drawn for a part is that of the whole clip's beginning."""
-
-    max_frames = 1
-
-    def __getitem__(self, clip: int) -> CachedClip:
-        found = self.read(Window(clip, 0, min(self.max_frames, self.num_frames(clip))))
-        if self.num_frames(clip) > self.max_frames:
-            found.labels[GOES_ON] = "true"
-        return found
-
-
 # What is run
 
 
@@ -184,19 +171,13 @@ def scoring_settings(study: Study, domain: str) -> dict[str, Any]:
     }
 
 
-def prepare_output(study: Study) -> TextTokenizer:
-    """The pieces of the empty prefix: the same for all runs, learned once."""
-    path = Path(study.output) / "text.model"
-    return TextTokenizer.load(path) if path.is_file() else TextTokenizer.train(["a"], path)
-
-
 def check_sizes(study: Study, domain: str) -> dict[str, int]:
     """Parameters by variant.
 
     Raises:
         UserError: when two variants differ by more than 5 %.
     """
-    vocab_size = prepare_output(study).vocab_size
+    vocab_size = empty_text(Path(study.output)).vocab_size
     cache = TokenCache([Path(folder) for folder in study.domains[domain].caches], rules=study.domains[domain].rules)
     derived = {name: getattr(cache, name) for name in ("num_codebooks", "codebook_size", "latent_dim", "feature_dim")}
     derived |= {"vocab_size": vocab_size, "frame_rate_hz": cache.frame_rate_hz}
@@ -220,7 +201,7 @@ def run_one(study: Study, job: Job) -> dict[str, Any] | None:
     about = result_settings(study, job)
     if (done := read_result(folder, about)) is not None:
         return done
-    prepare_output(study)
+    empty_text(Path(study.output))
     if not train_mapping(settings, str(job), resume=True).finished:
         return None
     found = load_model(folder / "model")

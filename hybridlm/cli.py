@@ -180,15 +180,18 @@ def prepare(
     sample_rate: Annotated[
         int, typer.Option(metavar="HZ", min=1000, help="Rate of the audio kept by --audio.")
     ] = 24_000,
+    split: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Only clips of this split, and those without one.")
+    ] = None,
 ) -> None:
     """Turn a corpus into tokens on disk, to train a language model on."""
     from training.prepare import prepare as prepare_tokens
     from training.prepare import prepare_audio
 
     if audio:
-        prepare_audio(source, output, sample_rate_hz=sample_rate, workers=workers)
+        prepare_audio(source, output, sample_rate_hz=sample_rate, workers=workers, split=split)
     else:
-        prepare_tokens(source, output, tokenizer, workers=workers)
+        prepare_tokens(source, output, tokenizer, workers=workers, split=split)
 
 
 @app.command()

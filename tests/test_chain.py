@@ -85,3 +85,6 @@ def test_audio_is_kept_for_training_a_tokenizer(command: Command, corpus: Path, 
     succeed(command, "prepare", corpus, "--output", tmp_path / "audio", "--audio", "--workers", 1)
     stored = sum(file.stat().st_size for file in (tmp_path / "audio").rglob("*") if file.is_file())
     assert stored > 8 * 24000 * 2
+    succeed(command, "prepare", corpus, "--output", tmp_path / "test", "--audio", "--split", "test", "--workers", 1)
+    clips = [len((tmp_path / name / "clips.jsonl").read_text().splitlines()) for name in ("audio", "test")]
+    assert 0 < clips[1] < clips[0]

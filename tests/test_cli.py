@@ -26,7 +26,7 @@ CONTRACT = {
         *("--top-k", "--top-p", "--cfg", "--device", "--output"),
     },
     "reconstruct": {"input", "output", "--tokenizer", "--from", "--num-codebooks", "--json"},
-    "prepare": {"source", "--output", "--tokenizer", "--workers", "--audio", "--sample-rate"},
+    "prepare": {"source", "--output", "--tokenizer", "--workers", "--audio", "--sample-rate", "--split"},
     "train": {"config", "overrides", "--resume"},
     "finetune": {"--model", "--data", "--output", "overrides"},
     "evaluate": {"--model", "--data", "--split", "--json"},

@@ -1,4 +1,8 @@
-"""The noise-regularized bottleneck of F3-Tokenizer (arXiv 2606.06357): no KL term, a scale fixed by normalization."""
+"""The noise-regularized bottleneck of F3-Tokenizer (arXiv 2606.06357), and those it is held against.
+
+F3: no KL term, a scale fixed by normalization. sigma-VAE (LatentLM, arXiv 2412.08635; VibeVoice, arXiv 2508.19205):
+noise of a strength that is not learned, and a KL term that holds the scale.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +30,35 @@ def add_noise(
     alpha = torch.rand(z.shape[0], 1, 1, generator=generator, dtype=z.dtype, device=z.device) * gamma
     eps = torch.randn(z.shape, generator=generator, dtype=z.dtype, device=z.device)
     return z + alpha * eps
+
+
+def add_sigma_vae_noise(
+    mean: Float[Tensor, "B T D"], strength: float, generator: torch.Generator | None = None
+) -> Float[Tensor, "B T D"]:
+    """Return mean + sigma * eps with sigma ~ N(0, strength^2) per row and eps ~ N(0, I): the posterior of a sigma-VAE.
+
+    LatentLM writes sigma ~ N(0, C_sigma); VibeVoice's code draws it once a row, with `strength` 0.5 / 0.8. The sign of
+    sigma does not matter. Its unit is the encoder's own: an encoder that is free to grow outgrows the noise, unless
+    `kl_to_standard_normal` holds it.
+    """
+    sigma = strength * torch.randn(mean.shape[0], 1, 1, generator=generator, dtype=mean.dtype, device=mean.device)
+    eps = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
+    return mean + sigma * eps
+
+
+def kl_to_standard_normal(mean: Float[Tensor, "B T D"]) -> Float[Tensor, ""]:
+    """What of KL(N(mean, sigma^2) || N(0, 1)) depends on the mean, in nats a channel: mean^2 / 2 (sigma-VAE)."""
+    return 0.5 * mean.float().square().mean()
+
+
+def centre_and_scale(z: Float[Tensor, "B T D"]) -> tuple[Float[Tensor, " D"], Float[Tensor, ""]]:
+    """Mean of each channel, and one root mean square about these means over all channels: the latents' global scale.
+
+    A constant tells a decoder nothing, so signal-to-noise ratios are of what lies about it.
+    """
+    flat = z.float().flatten(0, 1)
+    mean = flat.mean(dim=0)
+    return mean, (flat - mean).square().mean().sqrt()
 
 
 def coding_rate(z: Float[Tensor, "B T D"], noise_std: float) -> Float[Tensor, ""]:

@@ -8,6 +8,7 @@ Shapes: B batch, T frames, K codebooks, D latent, F feature, S samples.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -104,6 +105,7 @@ class F3Tokenizer(nn.Module):
         The decoder does not count: with another one, the same frames only sound different.
         """
         without = {"excitation"} | ({"representation"} if self.representation is None else set())
+        without |= {"normalization"} if self.config.normalization == "channels" else set()
         settings = {name: value for name, value in asdict(self.config).items() if name not in without}
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for key, tensor in sorted(self.state_dict().items()):
@@ -112,6 +114,35 @@ class F3Tokenizer(nn.Module):
             digest.update(key.encode())
             digest.update(tensor.detach().bfloat16().cpu().contiguous().view(torch.int16).numpy().tobytes())
         return digest.hexdigest()[:16]
+
+    @torch.no_grad()
+    def standardized(self, mean: Float[Tensor, " D"], scale: float) -> F3Tokenizer:
+        """A copy that sounds the same and has the same codes, whose latents are (z - mean) / scale.
+
+        Both are folded into the weights before and after the latents and into the codebooks.
+
+        Args:
+            mean: Of each channel.
+            scale: Of all channels together, above 0: with one a channel, other codes would be the nearest.
+
+        Raises:
+            ValueError: latents that are normalized have their scale already, and features hang on the latents' own.
+        """
+        if self.config.normalization != "none" or self.representation is not None:
+            raise ValueError(
+                f"normalization={self.config.normalization} and representation={self.config.representation} must both "
+                "be none for latents to get another scale"
+            )
+        found = copy.deepcopy(self)
+        project, embed, quantizer = found.encoder.project, found.decoder.embed, found.quantizer
+        project.weight.div_(scale)
+        project.bias.sub_(mean).div_(scale)
+        embed.bias.add_(embed.weight @ mean)
+        embed.weight.mul_(scale)
+        quantizer.codebooks[0].sub_(mean)
+        quantizer.codebooks.div_(scale)
+        quantizer.sums.copy_(quantizer.codebooks * quantizer.counts[..., None])
+        return found
 
     def with_representation(self, encoder: RepresentationEncoder) -> F3Tokenizer:
         """A tokenizer of the same autoencoder that also gives this encoder's features; nothing is copied."""

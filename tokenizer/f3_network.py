@@ -1,9 +1,9 @@
 """The networks of the autoencoder half of F3-Tokenizer (arXiv 2606.06357): STFT/ConvNeXt, causal, with their state.
 
 Encoder: right-aligned STFT, ConvNeXt blocks at the STFT's rate, a strided projection to the frame rate, ConvNeXt
-blocks, a projection to D channels, normalization per time step. Decoder: the mirror image, ending in magnitudes and
-phases of overlapping windows as in Vocos (arXiv 2306.00814), each window starting at its own hop, so that a sample
-depends on present and past frames alone; beside them, filters on pulses at a predicted pitch and on noise
+blocks, a projection to D channels, normalization per time step (or none). Decoder: the mirror image, ending in
+magnitudes and phases of overlapping windows as in Vocos (arXiv 2306.00814), each window starting at its own hop, so
+that a sample depends on present and past frames alone; beside them, filters on pulses at a predicted pitch and on noise
 (`tokenizer.excitation`), which keep a voice periodic across windows.
 
 Shapes: B batch, T frames, H hops (`hops_per_frame` to a frame), D latent, S samples.
@@ -54,6 +54,9 @@ class F3Config:
     excitation: Literal["none", "pitch"] = "pitch"
     """`pitch`: the decoder also filters pulses at a pitch that it predicts, and noise; `none`: a plain Vocos."""
     latent_dim: int = 64
+    normalization: Literal["channels", "none"] = "channels"
+    """`channels`: every frame is normalized over its channels, as in F3; `none`: latents as the encoder projects them,
+    whose scale is folded into the weights around them when training ends (`F3Tokenizer.standardized`)."""
     num_codebooks: int = 8
     codebook_size: int = 1024
     representation: RepresentationConfig | None = None
@@ -119,6 +122,7 @@ class Encoder(nn.Module):
     def __init__(self, config: F3Config) -> None:
         super().__init__()
         self.hops_per_frame = config.hops_per_frame
+        self.normalization = config.normalization
         self.spectrum = Spectrum(config)
         stack = {"expansion": config.expansion, "kernel_size": config.kernel_size}
         self.embed = nn.Linear(self.spectrum.dim, config.encoder_dim)
@@ -130,7 +134,7 @@ class Encoder(nn.Module):
     def forward(
         self, waveform: Float[Tensor, "B S"], state: EncoderState | None = None
     ) -> tuple[Float[Tensor, "B T D"], EncoderState]:
-        """Whole frames in, normalized latents out."""
+        """Whole frames in, latents out."""
         keep = self.spectrum.n_fft - self.spectrum.hop
         if state is None:
             state = EncoderState(waveform.new_zeros(waveform.shape[0], keep), None, None)  # type: ignore[arg-type]
@@ -139,7 +143,10 @@ class Encoder(nn.Module):
         x = self.downsample(x.reshape(x.shape[0], x.shape[1] // self.hops_per_frame, -1))  # (B, T, frame_dim)
         x, frames = self.frame_blocks(x, state.frames)
         samples = torch.cat([state.samples, waveform], dim=1)
-        return normalize_channels(self.project(x)), EncoderState(samples[:, samples.shape[1] - keep :], hops, frames)
+        latents = self.project(x).float()
+        if self.normalization == "channels":
+            latents = normalize_channels(latents)
+        return latents, EncoderState(samples[:, samples.shape[1] - keep :], hops, frames)
 
 
 class DecoderState(NamedTuple):

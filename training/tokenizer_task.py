@@ -5,6 +5,7 @@ Shapes: B batch, T frames, K codebooks, D latent, S samples.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tokenizer.bottleneck import add_noise, coding_rate
+from tokenizer.bottleneck import (
+    add_noise,
+    add_sigma_vae_noise,
+    centre_and_scale,
+    coding_rate,
+    kl_to_standard_normal,
+)
 from tokenizer.f3 import F3Tokenizer
 from tokenizer.f3_network import F3Config
 from tokenizer.loudness import LoudnessLoss
@@ -25,6 +32,9 @@ from training.adversarial import Adversary
 from training.task import Batch, Sample
 from training.tokenizer_data import TokenizerDataConfig, open_segments, training_batches, validation_segments
 
+SCALE_BATCHES = 8
+"""Batches of 16 segments from which the scale of latents that are not normalized is taken."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenizerLossConfig:
@@ -32,6 +42,11 @@ class TokenizerLossConfig:
 
     noise_gamma: float = 0.35
     """Largest standard deviation of the noise on the latents that the decoder learns to bear (gamma of F3)."""
+    sigma_vae_noise: float = 0.0
+    """Instead of `noise_gamma`, which must then be 0: standard deviation of a sigma-VAE's noise strength (VibeVoice:
+    0.625), in the unit of latents that are not normalized."""
+    kl_weight: float = 0.0
+    """Of the KL divergence of a sigma-VAE's posterior, which keeps latents that are not normalized from growing."""
     quantized_share: float = 0.25
     """Share of a batch whose decoder sees quantized latents instead of noisy ones."""
     full_depth_share: float = 0.5
@@ -62,9 +77,14 @@ class TokenizerLossConfig:
         for name in ("quantized_share", "full_depth_share", "codebook_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be between 0 and 1")
-        for name in ("noise_gamma", *(name for name in self.__slots__ if name.endswith("_weight"))):
+        for name in ("noise_gamma", "sigma_vae_noise", *(name for name in self.__slots__ if name.endswith("_weight"))):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        if self.noise_gamma > 0 and self.sigma_vae_noise > 0:
+            raise ValueError(
+                f"noise_gamma={self.noise_gamma} and sigma_vae_noise={self.sigma_vae_noise} are two kinds of noise; "
+                "set one of them to 0"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,6 +144,7 @@ class TokenizerTask:
             self.tokenizer.quantizer,
             latents,
             noise_gamma=losses.noise_gamma,
+            sigma_vae_noise=losses.sigma_vae_noise,
             quantized_share=losses.quantized_share,
             full_depth_share=losses.full_depth_share,
             generator=generator,
@@ -147,6 +168,12 @@ class TokenizerTask:
             rate = coding_rate(latents, losses.rate_noise)
             loss = loss - losses.rate_weight * (1 - step / losses.rate_until_step) * rate
             figures["coding_rate"] = rate.detach()
+        if losses.kl_weight > 0:
+            kl = kl_to_standard_normal(latents)
+            loss = loss + losses.kl_weight * kl
+            figures["kl"] = kl.detach()
+        if self.config.tokenizer.normalization == "none":
+            figures["latent_scale"] = centre_and_scale(latents.detach())[1]
         figures |= {"mel": mel.detach(), "quantization_error": quantization_error}
         if self.adversary.plays(step):
             against, said = self.adversary.against(fake, batch, step)
@@ -175,8 +202,19 @@ class TokenizerTask:
         return {**figures, "loss": sum(figures.values()) / 2}
 
     def export(self, folder: Path) -> None:
-        """The tokenizer's folder."""
-        self.tokenizer.save(folder)
+        """The tokenizer's folder; latents that are not normalized come out at zero mean and unit scale."""
+        tokenizer = self.tokenizer
+        if self.config.part == "all" and self.config.tokenizer.normalization == "none":
+            mean, scale = centre_and_scale(torch.cat(list(self._scale_latents())))
+            tokenizer = tokenizer.standardized(mean, float(scale))
+        tokenizer.save(folder)
+
+    def _scale_latents(self) -> Iterator[Float[Tensor, "B T D"]]:
+        """Latents of training segments that are always the same."""
+        device = next(self.tokenizer.parameters()).device
+        segments = self.train_data.segments(16, self._segment_samples, seed=0)
+        for waveform in itertools.islice(segments, SCALE_BATCHES):
+            yield self.tokenizer.encoder(waveform[:, 0].to(device))[0]
 
     def samples(self) -> Sequence[Sample]:
         """Held-out segments, as they are and from latents and codes."""
@@ -204,6 +242,7 @@ def bottleneck(
     latents: Float[Tensor, "B T D"],
     *,
     noise_gamma: float,
+    sigma_vae_noise: float = 0.0,
     quantized_share: float,
     full_depth_share: float,
     generator: torch.Generator,
@@ -217,14 +256,15 @@ def bottleneck(
     Args:
         quantizer: Of the tokenizer in training.
         latents: Of the batch.
-        noise_gamma: See `TokenizerLossConfig`, as of the other two.
+        noise_gamma: See `TokenizerLossConfig`, as of the other three.
+        sigma_vae_noise: Above 0, it takes the place of the other noise.
         quantized_share: Share of the rows that are quantized.
         full_depth_share: Share of those that use all codebooks.
         generator: Of noise and depths.
     """
-    plain = latents.detach()
-    codes = quantizer.encode(plain)
-    error = (plain - quantizer.decode(codes)).square().mean()
+    detached = latents.detach()
+    codes = quantizer.encode(detached)
+    error = (detached - quantizer.decode(codes)).square().mean()
     num_quantized = round(quantized_share * latents.shape[0])
     num_full = round(full_depth_share * num_quantized)
     rows = []
@@ -233,4 +273,9 @@ def bottleneck(
         if row >= num_full:
             depth = int(torch.randint(1, quantizer.num_codebooks + 1, (), generator=generator, device=generator.device))
         rows.append(quantizer.decode(codes[row : row + 1, :depth]))
-    return torch.cat([*rows, add_noise(latents[num_quantized:], noise_gamma, generator)]), error
+    plain = latents[num_quantized:]
+    if sigma_vae_noise > 0:
+        noisy = add_sigma_vae_noise(plain, sigma_vae_noise, generator)
+    else:
+        noisy = add_noise(plain, noise_gamma, generator)
+    return torch.cat([*rows, noisy]), error

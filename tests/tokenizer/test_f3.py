@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from tokenizer.bottleneck import centre_and_scale
 from tokenizer.errors import UserError
 from tokenizer.f3 import F3Tokenizer
 from tokenizer.f3_network import F3Config
@@ -38,6 +40,21 @@ TINY = F3Config(
 def tokenizer() -> F3Tokenizer:
     torch.manual_seed(0)
     return F3Tokenizer(TINY).eval()
+
+
+@pytest.fixture
+def plain() -> F3Tokenizer:
+    """Without normalization, with codebooks and biases that are not about zero."""
+    torch.manual_seed(0)
+    tokenizer = F3Tokenizer(dataclasses.replace(TINY, normalization="none")).eval()
+    with torch.no_grad():
+        tokenizer.encoder.project.weight.mul_(7.0)
+        tokenizer.encoder.project.bias.normal_(std=4.0)
+        latents = tokenizer.encoder(audio(8, 960, seed=9)[:, 0])[0]
+    for step in range(20):
+        generator = torch.Generator().manual_seed(step)
+        tokenizer.quantizer.update(latents, decay=0.5, revive_below=0.1, generator=generator)
+    return tokenizer
 
 
 def audio(batch: int, samples: int, seed: int = 1) -> torch.Tensor:
@@ -141,6 +158,57 @@ def test_saved_equals_loaded(tokenizer: F3Tokenizer, tmp_path: Path) -> None:
     with torch.no_grad():
         next(iter(loaded.encoder.parameters())).add_(1.0)
     assert loaded.fingerprint() != tokenizer.fingerprint()
+
+
+def test_without_normalization_latents_keep_their_scale_until_it_is_folded_away(plain: F3Tokenizer) -> None:
+    waveform = audio(2, 960)
+    before = plain.encode(waveform)
+    mean, scale = centre_and_scale(before.latents)
+    assert scale > 2 and mean.abs().max() > 2
+    found = plain.standardized(mean, float(scale))
+    after = found.encode(waveform)
+    torch.testing.assert_close(after.latents, (before.latents - mean) / scale, atol=1e-5, rtol=1e-5)
+    assert torch.equal(after.codes, before.codes) and len(after.codes.unique()) > 4
+    sounds = found.decode_latents(after.latents), plain.decode_latents(before.latents)
+    torch.testing.assert_close(*sounds, atol=1e-5, rtol=1e-4)
+    codes = after.codes[:, :2]
+    torch.testing.assert_close(found.decode_codes(codes), plain.decode_codes(codes), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(plain.encode(waveform).latents, before.latents, atol=0, rtol=0)  # nothing is changed
+    # Training goes on from there as it would have from here.
+    for tokenizer, latents in ((plain, before.latents), (found, after.latents)):
+        generator = torch.Generator().manual_seed(0)
+        tokenizer.quantizer.update(latents, decay=0.5, revive_below=0.0, generator=generator)
+    assert torch.equal(found.quantize(after.latents), plain.quantize(before.latents))
+
+
+def test_without_normalization_streaming_equals_offline_and_saved_equals_loaded(
+    plain: F3Tokenizer, tmp_path: Path
+) -> None:
+    waveform = audio(1, 1000)
+    offline = plain.encode(waveform)
+    encoder = plain.streaming_encoder()
+    found = [encoder.push(piece) for piece in waveform.split([1, 95, 96, 808], dim=-1)] + [encoder.flush()]
+    latents = torch.cat([frames.latents for frames in found], dim=1)
+    torch.testing.assert_close(latents, offline.latents, atol=1e-4, rtol=1e-5)
+    assert torch.equal(torch.cat([frames.codes for frames in found], dim=2), offline.codes)
+    plain.save(tmp_path)
+    loaded = F3Tokenizer.load(tmp_path)
+    assert loaded.config.normalization == "none" and loaded.fingerprint() == plain.fingerprint()
+    torch.testing.assert_close(loaded.encode(waveform).latents, offline.latents, atol=0.5, rtol=0.05)
+
+
+def test_folders_from_before_the_choice_of_normalization_are_unaffected(tokenizer: F3Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config.pop("normalization") == "channels"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert F3Tokenizer.load(tmp_path).config == TINY
+    with pytest.raises(ValueError, match="normalization=channels"):
+        tokenizer.standardized(torch.zeros(8), 2.0)
+    # As it was before there was a choice, so that what was trained on these latents goes on working.
+    for tensor in tokenizer.state_dict().values():
+        tensor.fill_(0.5)
+    assert tokenizer.fingerprint() == "e02e2e7e8fdb689c"
 
 
 def test_weights_of_another_shape_are_refused(tokenizer: F3Tokenizer, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,10 +11,12 @@ import torch
 
 from tests.tokenizer.test_f3 import TINY
 from tokenizer.audio import write_audio
+from tokenizer.bottleneck import add_sigma_vae_noise, centre_and_scale
 from tokenizer.errors import UserError
 from tokenizer.f3 import F3Tokenizer
+from tokenizer.settings import from_mapping
 from training.run import train_mapping
-from training.tokenizer_task import TokenizerTask, TokenizerTaskConfig, bottleneck
+from training.tokenizer_task import TokenizerLossConfig, TokenizerTask, TokenizerTaskConfig, bottleneck
 
 RATE = TINY.sample_rate_hz
 
@@ -103,10 +106,50 @@ def test_bottleneck_quantizes_its_share_and_gives_the_encoder_no_gradient_there(
     torch.testing.assert_close(latents.grad, expected)
 
 
+def test_bottleneck_of_a_sigma_vae() -> None:
+    torch.manual_seed(0)
+    tokenizer = F3Tokenizer(TINY)
+    latents = torch.randn(6, 5, TINY.latent_dim)
+    shares = {"noise_gamma": 0.0, "quantized_share": 0.0, "full_depth_share": 0.5}
+    noisy, _ = bottleneck(
+        tokenizer.quantizer, latents, sigma_vae_noise=0.7, **shares, generator=torch.Generator().manual_seed(1)
+    )
+    assert torch.equal(noisy, add_sigma_vae_noise(latents, 0.7, torch.Generator().manual_seed(1)))
+    clean, _ = bottleneck(tokenizer.quantizer, latents, **shares, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(clean, latents)
+
+
+def test_one_kind_of_noise() -> None:
+    with pytest.raises(ValueError, match=r"noise_gamma=0.35 and sigma_vae_noise=0.6 are two kinds"):
+        TokenizerLossConfig(sigma_vae_noise=0.6)
+
+
+def test_latents_without_normalization_are_exported_at_unit_scale(corpus: Path, tmp_path: Path) -> None:
+    """And the decoder's part, trained from there, leaves them alone."""
+    plain = mapping(corpus, tmp_path / "run", losses={"noise_gamma": 0, "sigma_vae_noise": 0.6, "kl_weight": 0.01})
+    plain["tokenizer_task"]["losses"] |= {"adversarial_weight": 0, "feature_matching_weight": 0}  # type: ignore[index]
+    plain["tokenizer_task"]["tokenizer"]["normalization"] = "none"  # type: ignore[index]
+    train_mapping(plain, "test")
+    found = F3Tokenizer.load(tmp_path / "run" / "model")
+    section = from_mapping(TokenizerTaskConfig, plain["tokenizer_task"])  # type: ignore[arg-type]
+    segments = TokenizerTask(section).train_data.segments(32, 960, seed=0)
+    latents = found.encode(next(segments)).latents
+    mean, scale = centre_and_scale(latents)
+    assert abs(scale - 1.0) < 0.2 and mean.abs().max() < 0.5, (mean, scale)
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    logged = [line for line in log if "latent_scale" in line]
+    assert logged and abs(logged[-1]["latent_scale"] - 1.0) > 0.3 and logged[-1]["kl"] > 0
+
+    plain["tokenizer_task"]["part"] = "decoder"  # type: ignore[index]
+    start = {"output": str(tmp_path / "part"), "init_from": str(tmp_path / "run" / "model")}
+    train_mapping({**plain, **start}, "test")
+    again = F3Tokenizer.load(tmp_path / "part" / "model")
+    waveform = 0.3 * torch.randn(1, 1, 960)
+    assert torch.equal(again.encode(waveform).latents, found.encode(waveform).latents)
+
+
 def test_the_discriminator_waits_for_its_step(corpus: Path, tmp_path: Path) -> None:
     section = mapping(corpus, tmp_path)["tokenizer_task"]
-    from tokenizer.settings import from_mapping
-
     task = TokenizerTask(from_mapping(TokenizerTaskConfig, section))  # type: ignore[arg-type]
     assert task.turns(1) == ("model",)
     assert task.turns(2) == ("model", "discriminator")
