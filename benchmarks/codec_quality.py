@@ -209,7 +209,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"\n{len(problems)} of {len(found)} clips left out, the first: {problems[0]}")
     if options.json:
         clips = [
-            _finite({"set": r.set_name, "clip": r.key, "source": source, **asdict(distance)})
+            finite({"set": r.set_name, "clip": r.key, "source": source, **asdict(distance)})
             for r in found
             for source, distance in r.distances.items()
         ]
@@ -217,7 +217,7 @@ def main(arguments: list[str] | None = None) -> int:
             "tokenizer": str(options.tokenizer),
             "fingerprint": tokenizer.fingerprint(),
             "split": options.split,
-            "rows": [_finite(row) for row in rows],
+            "rows": [finite(row) for row in rows],
             "clips": clips,
             "problems": problems,
         }
@@ -226,10 +226,12 @@ def main(arguments: list[str] | None = None) -> int:
     return 0 if rows else 2
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """With null for every number that JSON can't hold."""
     if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
+        return {name: finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

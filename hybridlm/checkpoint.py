@@ -26,7 +26,7 @@ from hybridlm.config import ModelConfig
 from hybridlm.model import HybridLM
 from tokenizer.errors import UserError
 from tokenizer.frames import Tokenizer
-from tokenizer.loading import HUGGING_FACE, load_tokenizer, read_json, resolve_device
+from tokenizer.loading import ENHANCER, HUGGING_FACE, load_tokenizer, read_json, resolve_device
 from tokenizer.settings import from_mapping
 from tokenizer.text import TextTokenizer
 
@@ -248,18 +248,19 @@ def load_codec(name_or_dir: str | Path, device: str | torch.device = "cpu") -> T
 
 
 def describe(name_or_dir: str | Path) -> dict[str, Any]:
-    """What `hybridlm info` shows of a model's or tokenizer's folder, without loading any weights.
+    """What `hybridlm info` shows of a model's, an enhancer's or a tokenizer's folder, without loading any weights.
 
     Returns:
         name, folder, type, and for a model num_parameters, size_mb, tags, tokenizer, model (its configuration) and
-        card (Markdown); for a tokenizer its configuration.
+        card (Markdown); for an enhancer or a tokenizer its configuration.
     """
     folder = resolve(name_or_dir)
     config = _read_own_config(folder)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     facts: dict[str, Any] = {"name": str(name_or_dir), "folder": str(folder), "size_mb": round(size / 1e6, 2)}
     if "type" in config and "format" not in config:
-        return {**facts, "type": f"tokenizer ({config['type']})", "config": config}
+        kind = ENHANCER if config["type"] == ENHANCER else f"tokenizer ({config['type']})"
+        return {**facts, "type": kind, "config": config}
     config = read_config(folder)
     tokenizer = read_json(folder / "tokenizer" / "config.json")
     card = folder / "README.md"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -18,6 +20,7 @@ from torch import Tensor
 from sampling.pipeline import GeneratedAudio, load
 from tokenizer.audio import write_audio, write_spectrogram
 from tokenizer.errors import UserError
+from tokenizer.files import replacing
 
 SUBTYPES = {".wav": "PCM_16", ".flac": "PCM_16"}
 
@@ -123,6 +126,15 @@ def check_writable(path: Path) -> None:
         raise UserError(
             f"output={str(path)!r} can't be written ({error.strerror}); choose a folder that you may write to"
         ) from error
+
+
+def tell_figures(figures: Mapping[str, Any], json_file: str | Path | None) -> None:
+    """Print figures, one a line, and write them as JSON where a file is named."""
+    if json_file is not None:
+        with replacing(Path(json_file)) as path:
+            path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    for name, value in figures.items():
+        print(f"{name:18s} {value:.4g}" if isinstance(value, float) else f"{name:18s} {value}")
 
 
 class AudioWriter:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -16,10 +15,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hybridlm.checkpoint import load_codec
-from sampling.files import AudioWriter, check_writable
+from sampling.files import AudioWriter, check_writable, tell_figures
 from tokenizer.audio import audio_blocks
 from tokenizer.errors import UserError
-from tokenizer.files import replacing
 from tokenizer.frames import AudioFrames, Source, Tokenizer
 from tokenizer.metrics import mel_distance, pesq_wb, stoi
 
@@ -92,11 +90,7 @@ def run(
         "encode_speed": seconds / encoding.seconds,
         "decode_speed": seconds / decoding.seconds,
     }
-    if json_file is not None:
-        with replacing(Path(json_file)) as path:
-            path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    for name, value in figures.items():
-        print(f"{name:18s} {value:.4g}" if isinstance(value, float) else f"{name:18s} {value}")
+    tell_figures(figures, json_file)
     return figures
 
 

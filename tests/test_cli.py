@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import typer
 import hybridlm
 from hybridlm import cli
 from tests.support.command import Command, assert_refused, runner
-from tests.support.saved_model import save_tiny_model
+from tests.support.saved_model import save_tiny_enhancer, save_tiny_model
 from tests.support.tiny_audio_model import TAGS
 from tokenizer.errors import UserError
 
@@ -26,6 +27,7 @@ CONTRACT = {
         *("--top-k", "--top-p", "--cfg", "--device", "--output"),
     },
     "reconstruct": {"input", "output", "--tokenizer", "--from", "--num-codebooks", "--json"},
+    "enhance": {"input", "output", "--model", "--device", "--json"},
     "prepare": {"source", "--output", "--tokenizer", "--workers", "--audio", "--sample-rate", "--split"},
     "train": {"config", "overrides", "--resume"},
     "finetune": {"--model", "--data", "--output", "overrides"},
@@ -181,6 +183,25 @@ def test_reconstruct_writes_audio_and_figures(command: Command, model: Path, tmp
     assert result.status == 0, result.err
     assert soundfile.info(output).frames == 24000
     assert '"num_codebooks": 2' in figures.read_text()
+
+
+def test_enhance_needs_an_enhancer_and_writes_audio_and_figures(command: Command, model: Path, tmp_path: Path) -> None:
+    source, output, figures = tmp_path / "in.wav", tmp_path / "out.wav", tmp_path / "figures.json"
+    soundfile.write(source, [[0.1, 0.2], [-0.1, -0.2]] * 8000, 16000)
+    remedy = ("there is no enhancer in the box", "configs/enhancement-small.yaml", "--model")
+    assert_refused(command("enhance", source, output), *remedy)
+    assert_refused(command("enhance", source, output, "--model", model), str(model), "not an enhancer's folder")
+    folder = save_tiny_enhancer(tmp_path / "enhancer")
+    assert_refused(command("enhance", tmp_path / "none.wav", output, "--model", folder), "none.wav", "no such file")
+    assert_refused(command("enhance", source, output, "--model", folder, "--device", "gpu"), "device='gpu'")
+    assert not output.exists()
+    result = command("enhance", source, output, "--model", folder, "--device", "cpu", "--json", figures)
+    assert result.status == 0, result.err
+    assert (soundfile.info(output).frames, soundfile.info(output).samplerate) == (24000, 24000)
+    assert json.loads(figures.read_text())["seconds"] == 1.0
+    assert "speed" in result.out
+    shown = command("info", folder)
+    assert shown.status == 0 and "enhancer" in shown.out and '"view": "latents"' in shown.out
 
 
 def test_info_shows_parameters_tags_and_the_card(command: Command, model: Path) -> None:

@@ -22,7 +22,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -248,7 +248,9 @@ class DashengTokenizer(nn.Module):
 
         return DashengStreamingEncoder(self, batch_size)
 
-    def streaming_decoder(self, batch_size: int = 1, source: Source = "latents") -> DashengStreamingDecoder:
+    def streaming_decoder(
+        self, batch_size: int = 1, source: Source | Literal["features"] = "latents"
+    ) -> DashengStreamingDecoder:
         """A decoder for `batch_size` recordings whose frames arrive in pieces.
 
         The centred one holds `decoder_lookahead_frames` back until `flush`.

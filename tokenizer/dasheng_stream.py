@@ -8,6 +8,8 @@ Shapes: B batch, T frames, C hidden, S samples.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -82,7 +84,7 @@ class DashengStreamingEncoder:
 class DashengStreamingDecoder:
     """See `tokenizer.frames.StreamingDecoder`."""
 
-    def __init__(self, tokenizer: DashengTokenizer, batch_size: int, source: Source) -> None:
+    def __init__(self, tokenizer: DashengTokenizer, batch_size: int, source: Source | Literal["features"]) -> None:
         self.tokenizer, self.source = tokenizer, source
         device = next(tokenizer.parameters()).device
         self._state: VocosState | None = None
@@ -94,7 +96,7 @@ class DashengStreamingDecoder:
     def push(self, frames: Tensor) -> Float[Tensor, "B 1 S"]:
         """All samples of the pushed frames when causal; otherwise of those with the whole look-ahead behind them."""
         latents = self.tokenizer.dequantize(frames) if self.source == "codes" else frames
-        features = self.tokenizer.expand(latents)
+        features = frames if self.source == "features" else self.tokenizer.expand(latents)
         if not self.tokenizer.config.causal:
             self._features = torch.cat([self._features, features], dim=1)
             return self._final(self._features.shape[1] - self._context - self.tokenizer.decoder_lookahead_frames)

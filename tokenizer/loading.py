@@ -28,6 +28,8 @@ PRETRAINED = ("encodec", "encodec-causal")
 HUGGING_FACE = "hf:"
 """Before a hub id or a folder: a codec of `transformers`, as it publishes them."""
 TYPES = ("dasheng", "encodec", "f3", "hf")
+ENHANCER = "enhancer"
+"""The type of a folder of `tokenizer.enhancer`, which holds its tokenizer as a language model's folder does."""
 
 
 def load_tokenizer(name_or_dir: str | Path, device: str | torch.device = "cpu") -> Tokenizer:
@@ -66,7 +68,8 @@ def load_tokenizer(name_or_dir: str | Path, device: str | torch.device = "cpu") 
             f"tokenizer '{name_or_dir}' is not a folder; give a folder with {CONFIG_FILE}, {names}, or "
             f"{HUGGING_FACE}ID for a codec of the Hugging Face hub"
         )
-    if not (folder / CONFIG_FILE).is_file() or "type" not in read_json(folder / CONFIG_FILE):
+    kind = read_json(folder / CONFIG_FILE).get("type") if (folder / CONFIG_FILE).is_file() else None
+    if kind in (None, ENHANCER):
         inner = folder / "tokenizer"
         folder = inner if (inner / CONFIG_FILE).is_file() else folder
     kind = read_config(folder)["type"]

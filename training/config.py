@@ -49,7 +49,7 @@ class OptimizerConfig:
 class RunConfig:
     """One training run."""
 
-    task: Literal["tokenizer", "masked_spectrogram", "dasheng", "representation", "text", "language"]
+    task: Literal["tokenizer", "masked_spectrogram", "dasheng", "representation", "enhancement", "text", "language"]
     output: str
     """Folder of the run: `checkpoints/`, `model/` (latest averaged weights), `best/`, `log.jsonl`, `tensorboard/`."""
     max_steps: int
@@ -92,6 +92,8 @@ class RunConfig:
     """Settings of `task: language` (training/language_task.py)."""
     representation: dict[str, Any] | None = None
     """Settings of `task: representation` (training/representation_task.py)."""
+    enhancement: dict[str, Any] | None = None
+    """Settings of `task: enhancement` (training/enhancement_task.py)."""
     text: dict[str, Any] | None = None
     """Settings of `task: text` (training/text_task.py)."""
 
@@ -204,6 +206,7 @@ SECTIONS = {
     "masked_spectrogram": "masked_spectrogram",
     "dasheng": "dasheng",
     "representation": "representation",
+    "enhancement": "enhancement",
     "text": "text",
     "language": "language",
 }

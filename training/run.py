@@ -61,6 +61,10 @@ def task_parts(name: str) -> tuple[type, Callable[[Any, RunConfig, Sampler | Non
         from training.representation_task import RepresentationTask, RepresentationTaskConfig
 
         return RepresentationTaskConfig, lambda config, run, sampler: RepresentationTask(config)
+    if name == "enhancement":
+        from training.enhancement_task import EnhancementTask, EnhancementTaskConfig
+
+        return EnhancementTaskConfig, lambda config, run, sampler: EnhancementTask(config)
     if name == "text":
         from training.text_task import TextTask, TextTaskConfig
 

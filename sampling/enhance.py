@@ -1,0 +1,69 @@
+"""A noisy recording through an enhancer, in pieces, so that hours need no more memory than seconds."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sampling.files import AudioWriter, check_writable, tell_figures
+from sampling.reconstruct import PIECE_SECONDS, Stopwatch
+from tokenizer.audio import audio_blocks
+from tokenizer.enhancer import load_enhancer
+from tokenizer.errors import UserError
+
+
+def run(
+    input: str | Path,
+    output: str | Path,
+    *,
+    model: str | Path | None = None,
+    device: str | None = "cpu",
+    json_file: str | Path | None = None,
+) -> dict[str, Any]:
+    """`hybridlm enhance`: take the noise out of a recording, write it, print and return what was done.
+
+    Args:
+        input: Any audio file that soundfile reads; its channels are averaged.
+        output: WAV or FLAC, at the enhancer's rate, as long as the input.
+        model: An enhancer's folder; there is none in the box.
+        device: "cpu", "cuda", ...; None for CUDA where there is one.
+        json_file: Where the figures go as JSON; None for nowhere.
+
+    Returns:
+        Figures: input, output, model, tokenizer, sample_rate_hz, seconds, and speed (seconds of audio a second of
+        computing).
+
+    Raises:
+        UserError: for no enhancer, input that is no audio, or an output that can't be written.
+    """
+    if model is None or str(model) == "box":
+        raise UserError(
+            "there is no enhancer in the box; train one with configs/enhancement-small.yaml "
+            "and give its folder: --model runs/enhancement/model"
+        )
+    enhancer = load_enhancer(model, device)
+    if json_file is not None:
+        check_writable(Path(json_file))
+    where, computing = next(enhancer.network.parameters()).device, Stopwatch()
+    stream, heard = enhancer.stream(), 0
+    with torch.inference_mode(), AudioWriter(Path(output), enhancer.sample_rate_hz) as writer:
+        for block in audio_blocks(Path(input), enhancer.sample_rate_hz, block_s=PIECE_SECONDS):
+            heard += block.shape[-1]
+            writer.write(computing(partial(stream.push, block.unsqueeze(0).to(where))))
+        rest = computing(stream.flush)
+        writer.write(rest[..., : heard - writer.num_samples])  # the last frame reaches past the recording's end
+    seconds = writer.num_samples / enhancer.sample_rate_hz
+    figures: dict[str, Any] = {
+        "input": str(input),
+        "output": str(output),
+        "model": str(model),
+        "tokenizer": enhancer.tokenizer.name,
+        "sample_rate_hz": enhancer.sample_rate_hz,
+        "seconds": seconds,
+        "speed": seconds / computing.seconds,
+    }
+    tell_figures(figures, json_file)
+    return figures
