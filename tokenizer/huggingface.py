@@ -1,4 +1,4 @@
-"""Published codecs of `transformers` as tokenizers: EnCodec at 24 kHz, Mimi, and the Descript Audio Codec.
+"""Published codecs of `transformers` as tokenizers: EnCodec at 24 and 48 kHz, Mimi, and the Descript Audio Codec.
 
 Codes are the codec's own, latents what its encoder gives to the quantizer and its decoder takes, features a
 right-aligned log-mel. Everything runs through the streaming form of the networks (`streaming`), in blocks, so memory
@@ -6,8 +6,9 @@ does not grow with the length. On whole frames the results are those of the libr
 filled up with silence, where the library's EnCodec and Mimi pad layer by layer.
 
 How far a frame looks ahead is computed from the layers: EnCodec six frames (its left edges are reflected, so only
-frames near the start do), Mimi none, DAC eight frames everywhere. A DAC whose hop has an odd factor (16 and
-24 kHz) decodes to a few samples less than its frames span; silence makes up for them.
+frames near the start do), Mimi none, DAC eight frames everywhere, EnCodec at 48 kHz to the end of a frame's second
+(`huggingface_encodec_chunks`, which also tells where the loudness of a second is kept). A DAC whose hop has an odd
+factor (16 and 24 kHz) decodes to a few samples less than its frames span; silence makes up for them.
 
 Shapes: B batch, T frames, K codebooks, D latent, F mel bands, S samples.
 """
