@@ -29,7 +29,14 @@ from tokenizer.errors import UserError
 from tokenizer.files import replacing
 from tokenizer.frames import Tokenizer
 from tokenizer.loading import load_tokenizer
-from tokenizer.metrics import AudioDistance, Interval, bootstrap_interval, codes_bitrate, compare_audio
+from tokenizer.metrics import (
+    LATENT_BITS,
+    AudioDistance,
+    Interval,
+    bootstrap_interval,
+    codes_bitrate,
+    compare_audio,
+)
 from training.index import VALIDATION, split_clips
 from training.manifest import Clip, read_manifest
 
@@ -37,7 +44,6 @@ VALIDATION_FRACTION = 0.02
 """As in the recipes of the box."""
 
 SPEECH_SETS = ("kathleen", "kerstin", "librispeech", "emodb", "digits")
-LATENT_BITS = 16
 COLUMNS = {
     "stoi": ("STOI", "{:.3f}"),
     "pesq_wb": ("PESQ-WB", "{:.2f}"),

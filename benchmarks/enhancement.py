@@ -38,7 +38,7 @@ from benchmarks.codec_quality import choose, finite
 from tokenizer.audio import read_audio
 from tokenizer.enhancer import SpeechEnhancer, load_enhancer
 from tokenizer.errors import UserError
-from tokenizer.metrics import Interval, bootstrap_interval, pesq_wb, si_sdr, stoi
+from tokenizer.metrics import Interval, bootstrap_interval, compare_audio
 from training.examples import clip_seed
 from training.index import VALIDATION, split_clips
 from training.manifest import Clip, TagRule, apply_rules, read_manifest
@@ -46,9 +46,9 @@ from training.noisy_speech import NoiseConfig, mix_at_snr
 from training.probe import write_json
 
 COLUMNS = {
-    "pesq_wb": ("PESQ-WB", "{:.2f}", pesq_wb),
-    "stoi": ("STOI", "{:.3f}", stoi),
-    "si_sdr_db": ("SI-SDR (dB)", "{:.1f}", si_sdr),
+    "pesq_wb": ("PESQ-WB", "{:.2f}"),
+    "stoi": ("STOI", "{:.3f}"),
+    "si_sdr_db": ("SI-SDR (dB)", "{:.1f}"),
 }
 NOISY, CODED, MEAN = "noisy", "codec of noisy", "enhanced, mean"
 GATE_WINDOW, GATE_FLOOR, GATE_QUANTILE = 512, 0.1, 0.1
@@ -112,11 +112,8 @@ def judge(
         }
         for row, audio in made.items():
             estimate = audio.reshape(-1)[: len(clean)]
-            figures = {
-                name: measure(clean, estimate) if name == "si_sdr_db" else measure(clean, estimate, rate)
-                for name, (_, _, measure) in COLUMNS.items()
-            }
-            records.append({"snr_db": snr, "row": row, **figures})
+            judged = compare_audio(clean, estimate, rate, speech=True)
+            records.append({"snr_db": snr, "row": row, **{name: getattr(judged, name) for name in COLUMNS}})
         if len(enhancers) > 1:
             own = [record for record in records[-len(made) :] if record["row"] in enhancers]
             means = {name: sum(record[name] for record in own) / len(own) for name in COLUMNS}
@@ -147,12 +144,12 @@ def _defined(value: float) -> float:
 
 def table(rows: Sequence[dict[str, Any]], against: str) -> str:
     """The rows in Markdown: each figure, and beside it how far it is from that of the row `against`."""
-    titles = [title for title, _, _ in COLUMNS.values()]
+    titles = [title for title, _ in COLUMNS.values()]
     head = ["speech", "SNR (dB)", "", "clips", *(t for title in titles for t in (title, f"{title}, change"))]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         cells = [row["set"], f"{row['snr_db']:g}", row["row"], str(row["clips"])]
-        for name, (_, form, _) in COLUMNS.items():
+        for name, (_, form) in COLUMNS.items():
             cells.append(_cell(Interval(**row[name]), form, row["clips"]))
             change = Interval(**row[f"{name}_change"])
             cells.append("" if row["row"] == against else _cell(change, form.replace(":", ":+"), row["clips"]))

@@ -129,12 +129,19 @@ def check_writable(path: Path) -> None:
 
 
 def tell_figures(figures: Mapping[str, Any], json_file: str | Path | None) -> None:
-    """Print figures, one a line, and write them as JSON where a file is named."""
+    """Print figures, one a line, and write them as JSON where a file is named.
+
+    What `figures["undefined"]` names is printed with the reason that stands there.
+    """
     if json_file is not None:
         with replacing(Path(json_file)) as path:
             path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    reasons = figures.get("undefined", {})
     for name, value in figures.items():
-        print(f"{name:18s} {value:.4g}" if isinstance(value, float) else f"{name:18s} {value}")
+        if name in reasons:
+            value = f"undefined: {reasons[name]}"
+        if name != "undefined":
+            print(f"{name:30s} {value:.4g}" if isinstance(value, float) else f"{name:30s} {value}")
 
 
 class AudioWriter:

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,27 @@ from sampling.files import AudioWriter, check_writable, tell_figures
 from tokenizer.audio import audio_blocks
 from tokenizer.errors import UserError
 from tokenizer.frames import AudioFrames, Source, Tokenizer
-from tokenizer.metrics import mel_distance, pesq_wb, stoi
+from tokenizer.metrics import (
+    LATENT_BITS,
+    Undefined,
+    mel_distance,
+    multi_resolution_mel_distance,
+    multi_resolution_stft_distance,
+    pesq_wb,
+    stoi,
+)
 
 PIECE_SECONDS = 10.0
 MAX_JUDGED_PIECES = 30
 """STOI and PESQ take longer than the codec itself; they judge this many pieces, from the start."""
+DISTANCES: dict[str, Callable[..., float]] = {
+    "mel_distance": mel_distance,
+    "multi_resolution_mel_distance": multi_resolution_mel_distance,
+    "multi_resolution_stft_distance": lambda reference, estimate, _: multi_resolution_stft_distance(
+        reference, estimate
+    ),
+}
+SPEECH_FIGURES: dict[str, Callable[..., float]] = {"stoi": stoi, "pesq_wb": pesq_wb}
 
 
 def run(
@@ -48,9 +63,11 @@ def run(
         device: "cpu", "cuda", ...
 
     Returns:
-        Figures: seconds, mel_distance (nats), si_sdr_db, stoi, pesq_wb (each None where it is undefined or its package
-        is missing), judged_seconds (what STOI and PESQ rest on), bitrate_bps (codes) or values_per_second (latents),
-        encode_speed and decode_speed (seconds of audio a second of computing).
+        Figures: seconds; mel_distance, multi_resolution_mel_distance, multi_resolution_stft_distance, si_sdr_db, stoi,
+        pesq_wb (see `tokenizer.metrics`; None where there is none, with the reason by name in `undefined`);
+        judged_seconds (what STOI and PESQ rest on); frame_rate_hz; tokens_per_second (codes kept; of latents the
+        vectors) and bits_per_second (of latents those of 16-bit numbers); encode_real_time_factor and
+        decode_real_time_factor (seconds of computing a second of audio: below 1 is faster than real time).
 
     Raises:
         UserError: for input that is no audio, an output that can't be written, or settings that don't fit.
@@ -87,8 +104,8 @@ def run(
         "seconds": seconds,
         **judge.figures(),
         **_rate(codec, source, kept),
-        "encode_speed": seconds / encoding.seconds,
-        "decode_speed": seconds / decoding.seconds,
+        "encode_real_time_factor": encoding.seconds / seconds,
+        "decode_real_time_factor": decoding.seconds / seconds,
     }
     tell_figures(figures, json_file)
     return figures
@@ -107,12 +124,7 @@ class Judge:
         self._found = torch.zeros(1, 1, 0)
         self._sums = torch.zeros(6, dtype=torch.float64)
         self._means: dict[str, tuple[float, float]] = {}  # name -> (sum of value * seconds, seconds)
-        self._judged_seconds = 0.0
-        self._slow = {
-            name: measure
-            for name, measure, package in (("stoi", stoi, "pystoi"), ("pesq_wb", pesq_wb, "pesq"))
-            if find_spec(package)
-        }
+        self._reasons: dict[str, str] = {}
 
     def expect(self, piece: Float[Tensor, "1 1 S"]) -> None:
         """More of the original."""
@@ -128,20 +140,24 @@ class Judge:
             self._expected, self._found = self._expected[..., size:], self._found[..., size:]
         return piece
 
-    def figures(self) -> dict[str, float | None]:
-        """The figures of everything compared so far."""
+    def figures(self) -> dict[str, Any]:
+        """The figures of everything compared so far, and of those that are None the reason."""
         if self._found.shape[-1]:
             length = self._found.shape[-1]
             self._judge(self._expected[..., :length], self._found)
             self._expected, self._found = self._expected[..., length:], self._found[..., :0]
-        means = {name: total / seconds for name, (total, seconds) in self._means.items()}
-        return {
-            "mel_distance": means.get("mel_distance"),
-            "si_sdr_db": self._si_sdr(),
-            "stoi": means.get("stoi"),
-            "pesq_wb": means.get("pesq_wb"),
-            "judged_seconds": self._judged_seconds,
+        means: dict[str, float | None] = {
+            name: total / seconds for name, (total, seconds) in self._means.items() if seconds > 0
         }
+        figures = {name: means.get(name) for name in DISTANCES}
+        figures["si_sdr_db"] = self._si_sdr()
+        figures |= {name: means.get(name) for name in SPEECH_FIGURES}
+        undefined = {
+            name: self._reasons.get(name, "there was nothing to compare")
+            for name, value in figures.items()
+            if value is None
+        }
+        return {**figures, "undefined": undefined, "judged_seconds": self._judged_seconds()}
 
     def _judge(self, expected: Float[Tensor, "1 1 S"], found: Float[Tensor, "1 1 S"]) -> None:
         s, f = expected.flatten().double(), found.flatten().double()
@@ -149,26 +165,37 @@ class Judge:
         self._sums += torch.stack(
             [s.new_tensor(float(len(s))), s.sum(), f.sum(), s.square().sum(), f.square().sum(), (s * f).sum()]
         )
-        values = {"mel_distance": mel_distance(s, f, self.sample_rate_hz)}
-        if self._judged_seconds < MAX_JUDGED_PIECES * PIECE_SECONDS:
-            values.update({name: measure(s, f, self.sample_rate_hz) for name, measure in self._slow.items()})
-            self._judged_seconds += seconds if self._slow else 0.0
+        values = {name: measure(s, f, self.sample_rate_hz) for name, measure in DISTANCES.items()}
+        if self._judged_seconds() < MAX_JUDGED_PIECES * PIECE_SECONDS:
+            for name, measure in SPEECH_FIGURES.items():
+                try:
+                    values[name] = measure(s, f, self.sample_rate_hz)
+                except (Undefined, UserError) as error:  # UserError: its package is not installed
+                    self._reasons.setdefault(name, str(error))
         for name, value in values.items():
-            if math.isfinite(value):
-                total, weight = self._means.get(name, (0.0, 0.0))
-                self._means[name] = (total + value * seconds, weight + seconds)
+            if not math.isfinite(value):
+                self._reasons.setdefault(name, "the reconstruction is not finite")
+                continue
+            total, weight = self._means.get(name, (0.0, 0.0))
+            self._means[name] = (total + value * seconds, weight + seconds)
+
+    def _judged_seconds(self) -> float:
+        return max(self._means.get(name, (0.0, 0.0))[1] for name in SPEECH_FIGURES)
 
     def _si_sdr(self) -> float | None:
         """SI-SDR in dB of the mean-free signals; None where either is constant or they agree to the last bit."""
         count, sum_s, sum_f, ss, ff, sf = self._sums.tolist()
-        if count == 0:
-            return None
-        ss, ff, sf = ss - sum_s**2 / count, ff - sum_f**2 / count, sf - sum_s * sum_f / count
+        if count:
+            ss, ff, sf = ss - sum_s**2 / count, ff - sum_f**2 / count, sf - sum_s * sum_f / count
         if ss <= 0 or ff <= 0:
+            self._reasons["si_sdr_db"] = f"the {'recording' if ss <= 0 else 'reconstruction'} is silent or constant"
             return None
         signal = sf**2 / ss
         noise = ff - signal
-        return 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else None
+        if signal <= 0 or noise <= 0:
+            self._reasons["si_sdr_db"] = "the two have nothing in common" if signal <= 0 else "the two are the same"
+            return None
+        return 10 * math.log10(signal / noise)
 
 
 class Stopwatch:
@@ -195,7 +222,13 @@ def _check_codebooks(codec: Tokenizer, source: Source, num_codebooks: int | None
 
 
 def _rate(codec: Tokenizer, source: Source, num_codebooks: int) -> dict[str, float | int]:
+    rate = codec.frame_rate_hz
     if source == "latents":
-        return {"values_per_second": codec.frame_rate_hz * codec.latent_dim}
-    bits = num_codebooks * math.log2(codec.codebook_size)
-    return {"num_codebooks": num_codebooks, "bitrate_bps": codec.frame_rate_hz * bits}
+        bits = LATENT_BITS * codec.latent_dim
+        return {"frame_rate_hz": rate, "tokens_per_second": rate, "bits_per_second": rate * bits}
+    return {
+        "frame_rate_hz": rate,
+        "num_codebooks": num_codebooks,
+        "tokens_per_second": rate * num_codebooks,
+        "bits_per_second": rate * num_codebooks * math.log2(codec.codebook_size),
+    }

@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -34,9 +34,9 @@ from torch import Tensor, nn
 from tokenizer.encodec_stream import stream_seanet
 from tokenizer.encodec_weights import find_checkpoint, read_checkpoint
 from tokenizer.errors import UserError
-from tokenizer.frames import AudioFrames, Source
+from tokenizer.frames import AudioFrames, Source, WholeFrames, join_frames
 from tokenizer.loading import WEIGHTS_FILE, read_config, read_weights, write_folder
-from tokenizer.mel import CausalLogMel
+from tokenizer.mel import CausalLogMel, LogMelStream
 from tokenizer.settings import from_mapping
 from tokenizer.streaming import Chain
 
@@ -180,14 +180,8 @@ class EncodecTokenizer(nn.Module):
             waveform = waveform * (torch.arange(samples, device=waveform.device) < lengths[:, None, None])
         stream = self.streaming_encoder(batch)
         pieces = [stream.push(piece) for piece in _blocks(waveform, self.hop_length * self._block(batch))]
-        pieces.append(stream.flush())
-        features = torch.cat([piece.features for piece in pieces if piece.features is not None], dim=1)
-        return AudioFrames(
-            codes=torch.cat([piece.codes for piece in pieces], dim=2),
-            latents=torch.cat([piece.latents for piece in pieces], dim=1),
-            features=features,
-            lengths=(lengths + self.hop_length - 1) // self.hop_length,
-        )
+        frames = join_frames([*pieces, stream.flush()])
+        return replace(frames, lengths=(lengths + self.hop_length - 1) // self.hop_length)
 
     def quantize(self, latents: Float[Tensor, "B T D"]) -> Int[Tensor, "B K T"]:
         """Codes of latents: the nearest entry of each codebook to what the codebooks before it leave over."""
@@ -261,9 +255,6 @@ class EncodecTokenizer(nn.Module):
 class EncodecStreamingEncoder:
     """See `tokenizer.frames.StreamingEncoder`; a flush ends the recording and the next push starts another."""
 
-    _pending: Tensor
-    _context: Tensor
-
     def __init__(self, tokenizer: EncodecTokenizer, batch_size: int) -> None:
         self.tokenizer = tokenizer
         self.batch_size = batch_size
@@ -271,15 +262,12 @@ class EncodecStreamingEncoder:
 
     def push(self, waveform: Float[Tensor, "B 1 S"]) -> AudioFrames:
         """Frames that became final; with `start="reflect"` the first seven come together."""
-        samples = torch.cat([self._pending, waveform.to(self._context)], dim=-1)
-        whole = samples.shape[-1] // self.tokenizer.hop_length * self.tokenizer.hop_length
-        self._pending = samples[..., whole:]
-        return self._advance(samples[..., :whole], last=False)
+        return self._advance(self._samples.push(waveform), last=False)
 
     def flush(self) -> AudioFrames:
         """The frames held back, the last one padded with silence."""
         hop = self.tokenizer.hop_length
-        partial = F.pad(self._pending, (0, -self._pending.shape[-1] % hop))
+        partial = self._samples.flush()
         total = self._frames_in + partial.shape[-1] // hop
         shortest = REFLECTED_FRAMES + 1 if self.tokenizer.config.start == "reflect" and total > 0 else 0
         frames = self._advance(F.pad(partial, (0, max(0, shortest - total) * hop)), last=True, keep=total)
@@ -290,30 +278,26 @@ class EncodecStreamingEncoder:
         tokenizer = self.tokenizer
         device = tokenizer.mel.window.device
         self._network = stream_seanet(tokenizer.encoder)
-        self._pending = torch.zeros(self.batch_size, 1, 0, device=device)
-        self._context = torch.zeros(self.batch_size, 1, tokenizer.mel.context_samples, device=device)
-        self._features = torch.zeros(self.batch_size, 0, tokenizer.feature_dim, device=device)
+        self._samples = WholeFrames(tokenizer.hop_length, self.batch_size, device)
+        self._features = LogMelStream(tokenizer.mel, self.batch_size)
         self._frames_in = self._frames_out = 0
         if tokenizer.config.start == "silence":
             silence = torch.zeros(self.batch_size, 1, SILENT_FRAMES * tokenizer.hop_length, device=device)
             self._network(silence, False)
 
     def _advance(self, waveform: Tensor, *, last: bool, keep: int | None = None) -> AudioFrames:
-        tokenizer = self.tokenizer
-        self._frames_in += waveform.shape[-1] // tokenizer.hop_length
+        self._frames_in += waveform.shape[-1] // self.tokenizer.hop_length
         latents = self._network(waveform, last).transpose(1, 2)
-        # The log-mel holds nothing back, so its frames wait here for the network's.
-        features = torch.cat([self._features, tokenizer.mel(waveform, self._context)], dim=1)
-        samples = torch.cat([self._context, waveform], dim=-1)
-        self._context = samples[..., samples.shape[-1] - self._context.shape[-1] :]
-        count = latents.shape[1]
-        self._features = features[:, count:]
-        if keep is not None:
-            count = keep - self._frames_out
-        latents, features = latents[:, :count], features[:, :count]
+        self._features.push(waveform)
+        count = latents.shape[1] if keep is None else keep - self._frames_out
         self._frames_out += count
-        lengths = torch.full((latents.shape[0],), latents.shape[1], device=latents.device)
-        return AudioFrames(codes=tokenizer.quantize(latents), latents=latents, features=features, lengths=lengths)
+        latents = latents[:, :count]
+        return AudioFrames(
+            codes=self.tokenizer.quantize(latents),
+            latents=latents,
+            features=self._features.take(count),
+            lengths=torch.full((latents.shape[0],), count, device=latents.device),
+        )
 
 
 class EncodecStreamingDecoder:

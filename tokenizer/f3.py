@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from tokenizer.errors import UserError
 from tokenizer.f3_network import Decoder, DecoderState, Encoder, EncoderState, F3Config
-from tokenizer.frames import AudioFrames, Source
+from tokenizer.frames import AudioFrames, Source, WholeFrames
 from tokenizer.loading import read_config, read_weights, write_folder
 from tokenizer.quantizer import ResidualQuantizer
 from tokenizer.representation import RepresentationEncoder
@@ -62,15 +62,19 @@ class F3Tokenizer(nn.Module):
     def encode(self, waveform: Float[Tensor, "B 1 S"], lengths: Int[Tensor, " B"] | None = None) -> AudioFrames:
         """Encode a batch; `lengths` in samples. The last frame is padded with silence.
 
-        Causality makes the padding of shorter rows harmless: no valid frame sees it.
+        Rows are silenced past their lengths; causality makes what follows their last frame harmless.
         """
         batch, _, samples = waveform.shape
         if lengths is None:
             lengths = torch.full((batch,), samples, device=waveform.device)
         padded = F.pad(waveform[:, 0], (0, -samples % self.hop_length))
-        latents, _ = self.encoder(padded)
+        padded = padded * (torch.arange(padded.shape[1], device=padded.device) < lengths[:, None])
+        latents = padded.new_zeros(batch, 0, self.latent_dim) if samples == 0 else self.encoder(padded)[0]
         frames = (lengths + self.hop_length - 1) // self.hop_length
-        features = self.representation.features(latents) if self.representation is not None else None
+        features = None
+        if self.representation is not None:
+            empty = latents.new_zeros(batch, 0, self.feature_dim)
+            features = empty if samples == 0 else self.representation.features(latents)
         return AudioFrames(codes=self.quantize(latents), latents=latents, lengths=frames, features=features)
 
     def quantize(self, latents: Float[Tensor, "B T D"]) -> Int[Tensor, "B K T"]:
@@ -89,6 +93,8 @@ class F3Tokenizer(nn.Module):
     @torch.inference_mode()
     def decode_latents(self, latents: Float[Tensor, "B T D"]) -> Float[Tensor, "B 1 S"]:
         """Audio of latents, in [-1, 1]."""
+        if latents.shape[1] == 0:
+            return latents.new_zeros(latents.shape[0], 1, 0)
         return self.decoder(latents)[0].clamp(-1.0, 1.0).unsqueeze(1)
 
     def streaming_encoder(self, batch_size: int = 1) -> F3StreamingEncoder:
@@ -188,23 +194,21 @@ class F3StreamingEncoder:
     def __init__(self, tokenizer: F3Tokenizer, batch_size: int) -> None:
         self.tokenizer = tokenizer
         device = next(tokenizer.parameters()).device
-        self._pending = torch.zeros(batch_size, 0, device=device)
+        self._samples = WholeFrames(tokenizer.hop_length, batch_size, device)
         self._state: EncoderState | None = None
         self._heard: TransformerState | None = None
 
     @torch.inference_mode()
     def push(self, waveform: Float[Tensor, "B 1 S"]) -> AudioFrames:
         """Frames that became complete."""
-        pending = torch.cat([self._pending, waveform[:, 0]], dim=1)
-        whole = pending.shape[1] // self.tokenizer.hop_length * self.tokenizer.hop_length
-        self._pending = pending[:, whole:]
-        return self._encode(pending[:, :whole])
+        return self._encode(self._samples.push(waveform)[:, 0])
 
     @torch.inference_mode()
     def flush(self) -> AudioFrames:
         """The last frame, padded with silence."""
-        pending, self._pending = self._pending, self._pending[:, :0]
-        return self._encode(F.pad(pending, (0, -pending.shape[1] % self.tokenizer.hop_length)))
+        frames = self._encode(self._samples.flush()[:, 0])
+        self._state = self._heard = None
+        return frames
 
     def _encode(self, waveform: Float[Tensor, "B S"]) -> AudioFrames:
         batch = waveform.shape[0]
@@ -242,5 +246,6 @@ class F3StreamingDecoder:
     @torch.inference_mode()
     def flush(self) -> Float[Tensor, "B 1 S"]:
         """Nothing: see `push`."""
+        self._state = None
         device = next(self.tokenizer.parameters()).device
         return torch.zeros(self.batch_size, 1, 0, device=device)

@@ -5,10 +5,13 @@ Shapes: B batch, T frames, K codebooks, V codebook size, D latent, F feature, S 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
+import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -31,7 +34,10 @@ class AudioFrames:
 
 @runtime_checkable
 class StreamingEncoder(Protocol):
-    """Takes audio in pieces of any size; its outputs, joined, equal `encode` of the joined pieces."""
+    """Takes audio in pieces of any size; its outputs, joined, equal `encode` of the joined pieces.
+
+    A flush ends the recording, and the next push starts another.
+    """
 
     def push(self, waveform: Float[Tensor, "B 1 S"]) -> AudioFrames:
         """Return the frames that became complete (possibly none: T = 0)."""
@@ -44,7 +50,10 @@ class StreamingEncoder(Protocol):
 
 @runtime_checkable
 class StreamingDecoder(Protocol):
-    """Takes codes (B, K, T) or latents (B, T, D) in pieces; its outputs, joined, equal the offline decoding."""
+    """Takes codes (B, K, T) or latents (B, T, D) in pieces; its outputs, joined, equal the offline decoding.
+
+    A flush ends the recording, and the next push starts another.
+    """
 
     def push(self, frames: Tensor) -> Float[Tensor, "B 1 S"]:
         """Return the samples that became final."""
@@ -103,3 +112,40 @@ class Tokenizer(Protocol):
     def save(self, folder: Path) -> None:
         """Write `config.json` and `model.safetensors`."""
         ...
+
+
+def join_frames(pieces: Sequence[AudioFrames]) -> AudioFrames:
+    """Pieces of the same recordings, one after the other; none of them padded."""
+    features = [piece.features for piece in pieces if piece.features is not None]
+    return AudioFrames(
+        codes=torch.cat([piece.codes for piece in pieces], dim=2),
+        latents=torch.cat([piece.latents for piece in pieces], dim=1),
+        features=torch.cat(features, dim=1) if features else None,
+        lengths=torch.stack([piece.lengths for piece in pieces]).sum(dim=0),
+    )
+
+
+class WholeFrames:
+    """Samples that wait until they make up whole frames.
+
+    Args:
+        hop_length: Samples per frame.
+        batch_size: Recordings of one length.
+        device: Where they wait.
+    """
+
+    def __init__(self, hop_length: int, batch_size: int, device: torch.device) -> None:
+        self.hop_length = hop_length
+        self._waiting = torch.zeros(batch_size, 1, 0, device=device)
+
+    def push(self, waveform: Float[Tensor, "B 1 S"]) -> Float[Tensor, "B 1 whole"]:
+        """All samples of the frames that are complete now."""
+        samples = torch.cat([self._waiting, waveform.to(self._waiting)], dim=-1)
+        whole = samples.shape[-1] // self.hop_length * self.hop_length
+        self._waiting = samples[..., whole:]
+        return samples[..., :whole]
+
+    def flush(self) -> Float[Tensor, "B 1 rest"]:
+        """The last frame, filled up with silence, if samples of it have come."""
+        rest, self._waiting = self._waiting, self._waiting[..., :0]
+        return F.pad(rest, (0, -rest.shape[-1] % self.hop_length))

@@ -1,4 +1,4 @@
-"""Published codecs of `transformers` as tokenizers: EnCodec at 24 kHz, Mimi, and the Descript Audio Codec.
+"""Published codecs of `transformers` as tokenizers: EnCodec at 24 and 48 kHz, Mimi, and the Descript Audio Codec.
 
 Codes are the codec's own, latents what its encoder gives to the quantizer and its decoder takes, features a
 right-aligned log-mel. Everything runs through the streaming form of the networks (`streaming`), in blocks, so memory
@@ -6,8 +6,9 @@ does not grow with the length. On whole frames the results are those of the libr
 filled up with silence, where the library's EnCodec and Mimi pad layer by layer.
 
 How far a frame looks ahead is computed from the layers: EnCodec six frames (its left edges are reflected, so only
-frames near the start do), Mimi none, DAC eight frames everywhere. A DAC whose hop has an odd factor (16 and
-24 kHz) decodes to a few samples less than its frames span; silence makes up for them.
+frames near the start do), Mimi none, DAC eight frames everywhere, EnCodec at 48 kHz to the end of a frame's second
+(`huggingface_encodec_chunks`, which also tells where the loudness of a second is kept). A DAC whose hop has an odd
+factor (16 and 24 kHz) decodes to a few samples less than its frames span; silence makes up for them.
 
 Shapes: B batch, T frames, K codebooks, D latent, F mel bands, S samples.
 """
@@ -26,11 +27,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tokenizer.errors import UserError
-from tokenizer.frames import AudioFrames, Source
+from tokenizer.frames import AudioFrames, Source, WholeFrames, join_frames
 from tokenizer.huggingface_codec import HuggingFaceConfig, build_codec, check_type
 from tokenizer.huggingface_weights import find_folder, own_weights, read_published, take_weights
 from tokenizer.loading import CONFIG_FILE, WEIGHTS_FILE, read_config, read_json, read_weights, write_folder
-from tokenizer.mel import CausalLogMel
+from tokenizer.mel import CausalLogMel, LogMelStream
 from tokenizer.settings import from_mapping
 from tokenizer.streaming import lookahead
 
@@ -166,7 +167,7 @@ class HuggingFaceTokenizer(nn.Module):
     def _encode(self, waveform: Tensor) -> AudioFrames:
         stream = self.streaming_encoder(waveform.shape[0])
         block = self.hop_length * self._block(waveform.shape[0])
-        return _join([*(stream.push(piece) for piece in waveform.split(block, dim=-1)), stream.flush()])
+        return join_frames([*(stream.push(piece) for piece in waveform.split(block, dim=-1)), stream.flush()])
 
     def quantize(self, latents: Float[Tensor, "B T D"]) -> Int[Tensor, "B K T"]:
         """Codes of latents: the codec's residual quantizer, which `encode` applies to its own."""
@@ -219,9 +220,6 @@ class HuggingFaceTokenizer(nn.Module):
 class HuggingFaceStreamingEncoder:
     """See `tokenizer.frames.StreamingEncoder`; a flush ends the recording and the next push starts another."""
 
-    _pending: Tensor
-    _context: Tensor
-
     def __init__(self, tokenizer: HuggingFaceTokenizer, batch_size: int) -> None:
         self.tokenizer = tokenizer
         self.batch_size = batch_size
@@ -229,38 +227,30 @@ class HuggingFaceStreamingEncoder:
 
     def push(self, waveform: Float[Tensor, "B 1 S"]) -> AudioFrames:
         """Frames that became final: `lookahead_frames` later than their samples, at most."""
-        samples = torch.cat([self._pending, waveform.to(self._pending)], dim=-1)
-        whole = samples.shape[-1] // self.tokenizer.hop_length * self.tokenizer.hop_length
-        self._pending = samples[..., whole:]
-        return self._advance(samples[..., :whole], last=False)
+        return self._advance(self._samples.push(waveform), last=False)
 
     def flush(self) -> AudioFrames:
         """The frames held back, the last one padded with silence."""
-        frames = self._advance(
-            F.pad(self._pending, (0, -self._pending.shape[-1] % self.tokenizer.hop_length)), last=True
-        )
+        frames = self._advance(self._samples.flush(), last=True)
         self._reset()
         return frames
 
     def _reset(self) -> None:
-        tokenizer, device = self.tokenizer, self.tokenizer.mel.window.device
+        tokenizer = self.tokenizer
         self._network = tokenizer.codec.encoder()
-        self._pending = torch.zeros(self.batch_size, 1, 0, device=device)
-        self._context = torch.zeros(self.batch_size, 1, tokenizer.mel.context_samples, device=device)
-        self._features = torch.zeros(self.batch_size, 0, tokenizer.feature_dim, device=device)
+        self._samples = WholeFrames(tokenizer.hop_length, self.batch_size, tokenizer.mel.window.device)
+        self._features = LogMelStream(tokenizer.mel, self.batch_size)
 
     def _advance(self, waveform: Tensor, *, last: bool) -> AudioFrames:
-        tokenizer = self.tokenizer
         latents = self._network(waveform, last).transpose(1, 2)
-        # The log-mel holds nothing back, so its frames wait here for the network's.
-        features = torch.cat([self._features, tokenizer.mel(waveform, self._context)], dim=1)
-        samples = torch.cat([self._context, waveform], dim=-1)
-        self._context = samples[..., samples.shape[-1] - self._context.shape[-1] :]
-        count = latents.shape[1]
-        self._features = features[:, count:]
-        lengths = torch.full((latents.shape[0],), count, device=latents.device)
-        codes = tokenizer.quantize(latents)
-        return AudioFrames(codes=codes, latents=latents, features=features[:, :count], lengths=lengths)
+        self._features.push(waveform)
+        batch, count, _ = latents.shape
+        return AudioFrames(
+            codes=self.tokenizer.quantize(latents),
+            latents=latents,
+            features=self._features.take(count),
+            lengths=torch.full((batch,), count, device=latents.device),
+        )
 
 
 class HuggingFaceStreamingDecoder:
@@ -296,16 +286,6 @@ class HuggingFaceStreamingDecoder:
         samples = self._network(latents, last)
         self._owed -= samples.shape[-1]
         return samples
-
-
-def _join(pieces: list[AudioFrames]) -> AudioFrames:
-    features = torch.cat([piece.features for piece in pieces if piece.features is not None], dim=1)
-    return AudioFrames(
-        codes=torch.cat([piece.codes for piece in pieces], dim=2),
-        latents=torch.cat([piece.latents for piece in pieces], dim=1),
-        features=features,
-        lengths=torch.stack([piece.lengths for piece in pieces]).sum(dim=0),
-    )
 
 
 def _fill(frames: AudioFrames, total: int) -> AudioFrames:

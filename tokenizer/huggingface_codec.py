@@ -81,8 +81,10 @@ def build_codec(config: HuggingFaceConfig) -> tuple[Codec, dict[str, Any], Calla
         with torch.random.fork_rng(devices=[]):  # initializing draws from the global generator
             if kind == "encodec":
                 from tokenizer.huggingface_encodec import FIELDS, EncodecCodec
+                from tokenizer.huggingface_encodec_chunks import ChunkedEncodecCodec
 
-                fields, codec = FIELDS, EncodecCodec(config.codec, wanted)
+                chunked = config.codec.get("normalize") and config.codec.get("chunk_length_s") is not None
+                fields, codec = FIELDS, (ChunkedEncodecCodec if chunked else EncodecCodec)(config.codec, wanted)
             elif kind == "mimi":
                 from tokenizer import huggingface_mimi as mimi
 

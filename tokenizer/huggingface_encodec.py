@@ -1,4 +1,6 @@
-"""EnCodec (arXiv 2210.13438) in the form of `transformers`: the causal mono model at 24 kHz.
+"""EnCodec (arXiv 2210.13438) in the form of `transformers`: the causal mono model at 24 kHz, as one stream.
+
+The 48 kHz model, which works on chunks, stands in `huggingface_encodec_chunks`.
 
 Shapes: B batch, T frames, K codebooks, D latent.
 """
@@ -28,7 +30,7 @@ class EncodecCodec:
 
     def __init__(self, config: Mapping[str, Any], num_codebooks: int | None) -> None:
         settings = EncodecConfig(**{name: config[name] for name in FIELDS if name in config})
-        _refuse_chunks(settings)
+        self.check(settings)
         self.model = EncodecModel(settings)
         for module in self.model.modules():  # its gain and direction only serve training
             if parametrize.is_parametrized(module, "weight"):
@@ -41,6 +43,22 @@ class EncodecCodec:
         self.latent_dim = settings.hidden_size
         self.model.quantizer.layers = self.model.quantizer.layers[: self.num_codebooks]
 
+    @staticmethod
+    def check(settings: EncodecConfig) -> None:
+        """Refuse what is not of this layout.
+
+        Raises:
+            UserError: it needs more than the past, or the loudness of the whole recording.
+        """
+        plain = settings.use_causal_conv and settings.audio_channels == 1 and settings.norm_type == "weight_norm"
+        if not plain or settings.normalize or settings.chunk_length_s is not None:
+            raise UserError(
+                f"audio_channels={settings.audio_channels}, norm_type={settings.norm_type!r}, "
+                f"normalize={settings.normalize}, chunk_length_s={settings.chunk_length_s} are neither the 24 kHz "
+                "model's (causal, mono, weight_norm, not normalized, no chunks) nor the 48 kHz model's (normalized "
+                "chunks); use facebook/encodec_24khz or facebook/encodec_48khz"
+            )
+
     def encoder(self) -> Chain:
         return Chain(stream_layer(layer) for layer in self.model.encoder.layers)
 
@@ -52,17 +70,3 @@ class EncodecCodec:
 
     def dequantize(self, codes: Int[Tensor, "B k T"]) -> Float[Tensor, "B D T"]:
         return self.model.quantizer.decode(codes.transpose(0, 1))
-
-
-def _refuse_chunks(settings: EncodecConfig) -> None:
-    if settings.use_causal_conv and settings.audio_channels == 1 and settings.norm_type == "weight_norm":
-        if settings.normalize or settings.chunk_length_s is not None:
-            found = f"normalize={settings.normalize}, chunk_length_s={settings.chunk_length_s}"
-        else:
-            return
-    else:
-        found = f"audio_channels={settings.audio_channels}, norm_type={settings.norm_type!r}"
-    raise UserError(
-        f"{found} (the 48 kHz model has these): it codes overlapping chunks, each with a loudness of its own, which "
-        "frames at one rate do not hold; use facebook/encodec_24khz, or descript/dac_44khz for music"
-    )

@@ -97,6 +97,31 @@ class CausalLogMel(nn.Module):
         return mel.clamp(min=self.floor).log()
 
 
+class LogMelStream:
+    """`CausalLogMel` of whole frames that arrive in pieces; what it gives waits until it is taken.
+
+    Args:
+        mel: Decides what is computed, and where.
+        batch_size: Recordings of one length.
+    """
+
+    def __init__(self, mel: CausalLogMel, batch_size: int) -> None:
+        self.mel = mel
+        self._context = torch.zeros(batch_size, 1, mel.context_samples, device=mel.window.device)
+        self._waiting = torch.zeros(batch_size, 0, mel.num_mels, device=mel.window.device)
+
+    def push(self, waveform: Float[Tensor, "B 1 S"]) -> None:
+        """Samples of whole frames."""
+        self._waiting = torch.cat([self._waiting, self.mel(waveform, self._context)], dim=1)
+        samples = torch.cat([self._context, waveform], dim=-1)
+        self._context = samples[..., samples.shape[-1] - self._context.shape[-1] :]
+
+    def take(self, count: int) -> Float[Tensor, "B count M"]:
+        """The oldest frames that wait."""
+        taken, self._waiting = self._waiting[:, :count], self._waiting[:, count:]
+        return taken
+
+
 class MultiResolutionMelLoss(nn.Module):
     """Mean distance of two waveforms' mel spectrograms over several window lengths.
 

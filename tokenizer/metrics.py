@@ -1,7 +1,7 @@
 """How far one recording is from another, and how loud and how many bits it is. Every figure's unit ends its name.
 
 All functions take waveforms of one length at one rate, already aligned in time; a codec's output is cut to its input.
-STOI and PESQ need the extra `hybridlm[metrics]`.
+STOI and PESQ need the extra `hybridlm[metrics]`. A figure that two clips do not have raises `Undefined`.
 
 Shapes: S samples, K codebooks, T frames, V codebook size.
 """
@@ -11,8 +11,9 @@ from __future__ import annotations
 import importlib
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from types import ModuleType
 
 import numpy as np
@@ -22,12 +23,20 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tokenizer.errors import UserError
-from tokenizer.mel import mel_filterbank
+from tokenizer.mel import MultiResolutionMelLoss, mel_filterbank
 
 MEL_WINDOW, MEL_HOP, MEL_BANDS, MEL_FLOOR = 1024, 256, 80, 1e-5
 PESQ_RATE_HZ = 16000
 STOI_SHORTEST_S = 0.4
+STFT_RESOLUTIONS = ((1024, 120, 600), (2048, 240, 1200), (512, 50, 240))
+"""Transform, hop and window in samples of `multi_resolution_stft_distance`."""
+LATENT_BITS = 16
+"""Bits of a latent's number where a rate of latents is told."""
 NAN = float("nan")
+
+
+class Undefined(Exception):
+    """The clips do not have this figure; the message says why."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,9 +96,9 @@ def compare_audio(
         mel_distance=mel_distance(reference, estimate, sample_rate_hz),
         mel_cepstral_distortion_db=mel_cepstral_distortion(reference, estimate, sample_rate_hz),
         log_spectral_distance_db=log_spectral_distance(reference, estimate),
-        si_sdr_db=si_sdr(reference, estimate),
-        stoi=stoi(reference, estimate, sample_rate_hz) if speech else NAN,
-        pesq_wb=pesq_wb(reference, estimate, sample_rate_hz) if speech else NAN,
+        si_sdr_db=_or_nan(si_sdr, reference, estimate),
+        stoi=_or_nan(stoi, reference, estimate, sample_rate_hz) if speech else NAN,
+        pesq_wb=_or_nan(pesq_wb, reference, estimate, sample_rate_hz) if speech else NAN,
         loudness_change_db=level_db(estimate) - level_db(reference),
     )
 
@@ -130,51 +139,97 @@ def log_spectral_distance(reference: Float[Tensor, " S"], estimate: Float[Tensor
     return difference.square().mean(dim=-1).sqrt().mean().item()
 
 
+def multi_resolution_mel_distance(
+    reference: Float[Tensor, " S"], estimate: Float[Tensor, " S"], sample_rate_hz: int
+) -> float:
+    """Mean absolute difference of log-mel spectrograms over windows of 256, 512, 1024 and 2048 samples, in nats.
+
+    Source: the logarithmic term of `tokenizer.mel.MultiResolutionMelLoss`, which names its bands and its floor.
+    """
+    distance = _mel_distances(sample_rate_hz).to(reference.device)
+    return distance(estimate.reshape(1, 1, -1), reference.reshape(1, 1, -1)).item()
+
+
+def multi_resolution_stft_distance(reference: Float[Tensor, " S"], estimate: Float[Tensor, " S"]) -> float:
+    """Spectral convergence plus mean absolute difference of log-magnitudes (nats), averaged over `STFT_RESOLUTIONS`.
+
+    Spectral convergence is the Frobenius norm of the magnitudes' difference over that of the reference's; squared
+    magnitudes are floored at 1e-8. Zeros continue the signals, where the source reflects them at their ends.
+
+    Source: Yamamoto et al. 2020 (Parallel WaveGAN, arXiv 1910.11480), with the resolutions and the floor of
+    `auraloss.freq.MultiResolutionSTFTLoss` (Steinmetz & Reiss 2020).
+    """
+    total = 0.0
+    for n_fft, hop, width in STFT_RESOLUTIONS:
+        wanted, found = (_stft_magnitudes(x, n_fft, hop, width) for x in (reference, estimate))
+        convergence = (wanted - found).norm() / wanted.norm()
+        total += (convergence + (wanted.log() - found.log()).abs().mean()).item()
+    return total / len(STFT_RESOLUTIONS)
+
+
 def si_sdr(reference: Float[Tensor, " S"], estimate: Float[Tensor, " S"]) -> float:
-    """Scale-invariant signal-to-distortion ratio in dB, of zero-mean signals; NaN for a silent reference.
+    """Scale-invariant signal-to-distortion ratio in dB, of zero-mean signals; infinite for a copy.
 
     Source: Le Roux et al. 2019, "SDR - half-baked or well done?".
+
+    Raises:
+        Undefined: the reference is silent.
     """
     wanted, found = (x.double() - x.double().mean() for x in (reference, estimate))
     energy = wanted.square().sum()
     if energy == 0:
-        return NAN
+        raise Undefined("the reference is silent")
     target = (found @ wanted / energy) * wanted
     noise = (found - target).square().sum()
     return (10.0 * torch.log10(target.square().sum() / noise)).item()
 
 
 def stoi(reference: Float[Tensor, " S"], estimate: Float[Tensor, " S"], sample_rate_hz: int) -> float:
-    """Short-time objective intelligibility (Taal et al. 2011), 0 to 1; NaN when less than 0.4 s is not silent.
+    """Short-time objective intelligibility (Taal et al. 2011), 0 to 1.
 
     Raises:
+        Undefined: less than 0.4 s of the reference is not silent.
         UserError: `pystoi` is not installed.
     """
     module = _import("pystoi", "STOI")
-    if len(reference) < STOI_SHORTEST_S * sample_rate_hz or not reference.any():
-        return NAN
+    if not reference.any():
+        raise Undefined("the reference is silent")
+    seconds = len(reference) / sample_rate_hz
+    if seconds < STOI_SHORTEST_S:
+        raise Undefined(f"{seconds:.2f} s are too short, STOI needs {STOI_SHORTEST_S} s")
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Not enough STFT frames", category=RuntimeWarning)
         try:
-            return float(module.stoi(_array(reference), _array(estimate), sample_rate_hz))
-        except RuntimeWarning:
-            return NAN
+            value = float(module.stoi(_array(reference), _array(estimate), sample_rate_hz))
+        except RuntimeWarning as error:
+            raise Undefined(f"less than {STOI_SHORTEST_S} s of the reference are not silent") from error
+    if not math.isfinite(value):
+        raise Undefined("STOI gives no number for these signals")
+    return value
 
 
 def pesq_wb(reference: Float[Tensor, " S"], estimate: Float[Tensor, " S"], sample_rate_hz: int) -> float:
-    """Wide-band PESQ (ITU-T P.862.2) as MOS-LQO, after resampling to 16 kHz; NaN where it finds no utterance.
+    """Wide-band PESQ (ITU-T P.862.2) as MOS-LQO, after resampling to 16 kHz.
 
     Raises:
+        Undefined: a signal is silent or too short, or holds no utterance.
         UserError: `pesq` is not installed.
     """
     module = _import("pesq", "PESQ")
-    signals = [_array(AF.resample(x.float().cpu(), sample_rate_hz, PESQ_RATE_HZ)) for x in (reference, estimate)]
-    if not all(abs(signal).max(initial=0.0) > 0 for signal in signals):
-        return NAN  # it normalizes by the level of both
+    signals = []
+    for name, waveform in (("reference", reference), ("estimate", estimate)):
+        if not waveform.any():  # it normalizes by the level of both
+            raise Undefined(f"the {name} is silent")
+        signals.append(_array(AF.resample(waveform.float().cpu(), sample_rate_hz, PESQ_RATE_HZ)))
     try:
-        return float(module.pesq(PESQ_RATE_HZ, *signals, "wb"))
-    except (module.NoUtterancesError, module.BufferTooShortError):
-        return NAN
+        value = float(module.pesq(PESQ_RATE_HZ, *signals, "wb"))
+    except module.NoUtterancesError as error:
+        raise Undefined("PESQ finds no utterance") from error
+    except module.BufferTooShortError as error:
+        raise Undefined(f"{len(signals[0]) / PESQ_RATE_HZ:.2f} s are too short for PESQ") from error
+    if not math.isfinite(value):
+        raise Undefined("PESQ gives no number for these signals")
+    return value
 
 
 def level_db(waveform: Float[Tensor, " S"]) -> float:
@@ -249,6 +304,24 @@ def _magnitudes(waveform: Tensor) -> Tensor:
 def _log_mel(waveform: Tensor, sample_rate_hz: int) -> Tensor:
     bank = mel_filterbank(sample_rate_hz, MEL_WINDOW, MEL_BANDS).to(waveform.device)
     return (_magnitudes(waveform) @ bank).clamp(min=MEL_FLOOR).log()
+
+
+@lru_cache(maxsize=4)
+def _mel_distances(sample_rate_hz: int) -> MultiResolutionMelLoss:
+    return MultiResolutionMelLoss(sample_rate_hz, magnitude_weight=0.0)
+
+
+def _stft_magnitudes(waveform: Tensor, n_fft: int, hop: int, width: int) -> Tensor:
+    window = torch.hann_window(width, device=waveform.device)
+    spectrum = torch.stft(waveform.float(), n_fft, hop, width, window=window, pad_mode="constant", return_complex=True)
+    return (spectrum.real.square() + spectrum.imag.square()).clamp(min=1e-8).sqrt()
+
+
+def _or_nan(measure: Callable[..., float], *arguments: Tensor | int) -> float:
+    try:
+        return measure(*arguments)
+    except Undefined:
+        return NAN
 
 
 def _array(waveform: Tensor) -> np.ndarray:

@@ -150,6 +150,32 @@ class LSTMStream:
         return outputs
 
 
+class ChunkStream:
+    """A network that takes its input in chunks of one length, each for itself; the last one may be shorter.
+
+    Args:
+        network: From one chunk of inputs to its outputs.
+        inputs: Steps of a whole chunk.
+        outputs: Steps that they become.
+        channels: Of the outputs.
+    """
+
+    def __init__(self, network: Callable[[Tensor], Tensor], inputs: int, outputs: int, channels: int) -> None:
+        self.network, self.inputs, self.outputs, self.channels = network, inputs, outputs, channels
+        self.buffer: Tensor | None = None
+
+    def __call__(self, x: Tensor, last: bool) -> Tensor:
+        buffer = x if self.buffer is None else torch.cat([self.buffer, x], dim=-1)
+        whole = buffer.shape[-1] if last else buffer.shape[-1] // self.inputs * self.inputs
+        self.buffer = buffer[..., whole:]
+        if whole == 0:
+            return x.new_zeros(x.shape[0], self.channels, 0)
+        return torch.cat([self.network(chunk) for chunk in buffer[..., :whole].split(self.inputs, dim=-1)], dim=-1)
+
+    def inputs_for(self, outputs: int) -> int:
+        return -(-outputs // self.outputs) * self.inputs
+
+
 class ResidualStream:
     """Shortcut plus block. The shortcut holds nothing back, so its outputs wait here for the block's."""
 

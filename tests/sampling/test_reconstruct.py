@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,14 @@ from sampling.reconstruct import Judge, run
 from tests.support.tiny_audio_model import tiny_tokenizer
 from tokenizer.audio import read_audio
 from tokenizer.errors import UserError
-from tokenizer.metrics import mel_distance, si_sdr, stoi
+from tokenizer.metrics import (
+    mel_distance,
+    multi_resolution_mel_distance,
+    multi_resolution_stft_distance,
+    pesq_wb,
+    si_sdr,
+    stoi,
+)
 
 RATE = 24000
 
@@ -59,14 +67,29 @@ def test_pieces_join_into_the_offline_reconstruction(
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
     assert figures["si_sdr_db"] == pytest.approx(si_sdr(waveform[0], expected), abs=1e-3)
     assert figures["seconds"] == waveform.shape[-1] / RATE
-    assert figures["mel_distance"] > 0.1
-    assert figures["encode_speed"] > 0
-    assert figures["decode_speed"] > 0
+    for name in ("mel_distance", "multi_resolution_mel_distance", "multi_resolution_stft_distance"):
+        assert figures[name] > 0.1
+    assert figures["encode_real_time_factor"] > 0
+    assert figures["decode_real_time_factor"] > 0
+    assert figures["frame_rate_hz"] == 25
     if source == "codes":
-        assert figures["bitrate_bps"] == 25 * 5 * (num_codebooks or 3)
+        assert figures["tokens_per_second"] == 25 * (num_codebooks or 3)
+        assert figures["bits_per_second"] == 25 * 5 * (num_codebooks or 3)
     else:
-        assert figures["values_per_second"] == 25 * 8
+        assert figures["tokens_per_second"] == 25
+        assert figures["bits_per_second"] == 25 * 8 * 16
     assert json.loads((tmp_path / "figures.json").read_text()) == figures
+
+
+def test_real_time_factors_are_seconds_of_computing_a_second_of_audio(
+    codec_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(1000))  # every look at the clock takes a second, so a call takes one
+    monkeypatch.setattr("time.perf_counter", lambda: float(next(clock)))
+    soundfile.write(tmp_path / "in.wav", noisy_tone(0.5, RATE).numpy(), RATE)
+    figures = run(tmp_path / "in.wav", tmp_path / "out.wav", tokenizer=codec_folder)
+    assert figures["encode_real_time_factor"] == 2 / 0.5  # a push and the flush
+    assert figures["decode_real_time_factor"] == 3 / 0.5  # a push of either, and the flush
 
 
 def test_the_judge_agrees_with_the_metrics_however_the_pieces_are_cut() -> None:
@@ -80,8 +103,12 @@ def test_the_judge_agrees_with_the_metrics_however_the_pieces_are_cut() -> None:
     figures = judge.figures()
     assert figures["si_sdr_db"] == pytest.approx(si_sdr(reference, estimate), abs=1e-4)
     assert figures["mel_distance"] == pytest.approx(mel_distance(reference, estimate, RATE), rel=1e-4)
-    assert figures["stoi"] == pytest.approx(stoi(reference, estimate, RATE), abs=1e-6)
+    for measure in (stoi, pesq_wb, multi_resolution_mel_distance):
+        assert figures[measure.__name__] == pytest.approx(measure(reference, estimate, RATE), rel=1e-4)
+    stft_distance = multi_resolution_stft_distance(reference, estimate)
+    assert figures["multi_resolution_stft_distance"] == pytest.approx(stft_distance, rel=1e-4)
     assert figures["judged_seconds"] == 3.0
+    assert figures["undefined"] == {}
 
 
 def test_stoi_and_pesq_judge_only_so_many_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +129,41 @@ def test_figures_that_are_undefined_are_none() -> None:
     assert figures["si_sdr_db"] is None
     assert figures["stoi"] is None
     assert figures["pesq_wb"] is None
-    assert figures["mel_distance"] == 0.0
+    assert figures["undefined"] == {
+        "si_sdr_db": "the recording is silent or constant",
+        "stoi": "the reference is silent",
+        "pesq_wb": "the reference is silent",
+    }
+    for name in ("mel_distance", "multi_resolution_mel_distance", "multi_resolution_stft_distance", "judged_seconds"):
+        assert figures[name] == 0.0
+
+
+def test_a_short_silent_or_wordless_recording_has_reasons_in_its_json(
+    codec_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    click = torch.zeros(RATE)
+    click[9000:9100] = 0.5
+    for samples, reason in (
+        (noisy_tone(0.1, RATE), "0.10 s are too short, STOI needs 0.4 s"),
+        (torch.zeros(RATE), "the reference is silent"),
+        (click, "less than 0.4 s of the reference are not silent"),
+    ):
+        soundfile.write(tmp_path / "in.wav", samples.numpy(), RATE)
+        run(tmp_path / "in.wav", tmp_path / "out.wav", tokenizer=codec_folder, json_file=tmp_path / "figures.json")
+        figures = json.loads((tmp_path / "figures.json").read_text())
+        assert figures["stoi"] is None and figures["undefined"]["stoi"] == reason
+        assert f"undefined: {reason}" in capsys.readouterr().out
+
+
+def test_a_missing_library_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pesq", None)
+    judge = Judge(RATE)
+    judge.expect(noisy_tone(1.0, RATE).reshape(1, 1, -1))
+    judge.compare(noisy_tone(1.0, RATE).reshape(1, 1, -1))
+    figures = judge.figures()
+    assert figures["pesq_wb"] is None and figures["stoi"] == pytest.approx(1.0)
+    assert "install it: pip install 'hybridlm[metrics]'" in figures["undefined"]["pesq_wb"]
+    assert figures["undefined"]["si_sdr_db"] == "the two are the same"
 
 
 def test_one_sample_of_eight_channels_works(codec_folder: Path, tmp_path: Path) -> None:

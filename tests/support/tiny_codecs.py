@@ -15,7 +15,9 @@ from transformers import DacConfig, DacModel, EncodecConfig, EncodecModel, MimiC
 
 CODECS = ("encodec", "mimi", "dac", "dac-odd")
 """Each family; `dac-odd` has a hop with an odd factor, as the published models at 16 and 24 kHz have."""
-HOPS = {"encodec": 8, "mimi": 16, "dac": 8, "dac-odd": 10}
+CHUNKED = "encodec-48khz"
+"""EnCodec's 48 kHz layout, in chunks of ten frames."""
+HOPS = {"encodec": 8, "mimi": 16, "dac": 8, "dac-odd": 10, CHUNKED: 8}
 
 
 def tiny_codec(name: str, **changes: Any) -> Any:
@@ -56,6 +58,14 @@ def _build(name: str, changes: dict[str, Any]) -> nn.Module:
     if name == "encodec":
         sizes = {"num_filters": 4, "hidden_size": 16, "upsampling_ratios": [4, 2], "codebook_size": 16}
         return EncodecModel(EncodecConfig(**{**sizes, "target_bandwidths": [48.0], **changes}))
+    if name == CHUNKED:
+        sizes = {
+            **{"num_filters": 4, "hidden_size": 16, "upsampling_ratios": [4, 2], "codebook_size": 16},
+            **{"sampling_rate": 16_000, "chunk_length_s": 0.005, "target_bandwidths": [32.0]},
+            **{"audio_channels": 2, "normalize": True, "overlap": 0.01},
+            **{"norm_type": "time_group_norm", "use_causal_conv": False},
+        }
+        return EncodecModel(EncodecConfig(**{**sizes, **changes}))
     if name == "mimi":
         sizes = {
             **{"hidden_size": 32, "num_filters": 4, "upsampling_ratios": [4, 2], "num_hidden_layers": 2},

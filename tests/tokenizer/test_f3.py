@@ -13,7 +13,6 @@ from tokenizer.bottleneck import centre_and_scale
 from tokenizer.errors import UserError
 from tokenizer.f3 import F3Tokenizer
 from tokenizer.f3_network import F3Config
-from tokenizer.frames import Tokenizer
 
 TINY = F3Config(
     hop_length=96,
@@ -61,29 +60,10 @@ def audio(batch: int, samples: int, seed: int = 1) -> torch.Tensor:
     return 0.3 * torch.randn(batch, 1, samples, generator=torch.Generator().manual_seed(seed))
 
 
-def test_shapes_and_protocol(tokenizer: F3Tokenizer) -> None:
-    assert isinstance(tokenizer, Tokenizer)
-    frames = tokenizer.encode(audio(2, 1000), torch.tensor([1000, 97]))
-    assert frames.latents.shape == (2, 11, 8) and frames.codes.shape == (2, 3, 11)
-    assert frames.lengths.tolist() == [11, 2]
-    assert tokenizer.decode_latents(frames.latents).shape == (2, 1, 11 * 96)
-    assert tokenizer.frame_rate_hz == 25.0
-
-
 def test_latents_are_normalized_per_frame(tokenizer: F3Tokenizer) -> None:
     latents = tokenizer.encode(audio(1, 960)).latents
     torch.testing.assert_close(latents.mean(-1), torch.zeros(1, 10), atol=1e-5, rtol=0)
     torch.testing.assert_close(latents.std(-1, unbiased=False), torch.ones(1, 10), atol=1e-3, rtol=0)
-
-
-def test_encoder_sees_no_later_sample(tokenizer: F3Tokenizer) -> None:
-    before = audio(1, 960)
-    after = before.clone()
-    after[..., 5 * 96 :] = audio(1, 480, seed=2)
-    first, second = tokenizer.encode(before), tokenizer.encode(after)
-    assert torch.equal(first.latents[:, :5], second.latents[:, :5])
-    assert torch.equal(first.codes[..., :5], second.codes[..., :5])
-    assert not torch.equal(first.latents[:, 5], second.latents[:, 5])
 
 
 def test_encoder_and_decoder_are_causal_by_gradient(tokenizer: F3Tokenizer) -> None:
@@ -99,65 +79,19 @@ def test_encoder_and_decoder_are_causal_by_gradient(tokenizer: F3Tokenizer) -> N
     assert gradient[0, 5:].abs().max() == 0
 
 
-@pytest.mark.parametrize("pieces", [[1, 95, 96, 97, 300, 411], [1000], [7] * 143])
-def test_streaming_equals_offline(tokenizer: F3Tokenizer, pieces: list[int]) -> None:
-    waveform = audio(2, sum(pieces))
-    offline = tokenizer.encode(waveform)
-    encoder = tokenizer.streaming_encoder(batch_size=2)
-    found = [encoder.push(piece) for piece in waveform.split(pieces, dim=-1)] + [encoder.flush()]
-    latents = torch.cat([frames.latents for frames in found], dim=1)
-    torch.testing.assert_close(latents, offline.latents, atol=1e-5, rtol=0)
-    assert torch.equal(torch.cat([frames.codes for frames in found], dim=2), offline.codes)
-
-    decoder = tokenizer.streaming_decoder(batch_size=2)
-    samples = [decoder.push(frames.latents) for frames in found] + [decoder.flush()]
-    torch.testing.assert_close(torch.cat(samples, dim=-1), tokenizer.decode_latents(offline.latents), atol=1e-5, rtol=0)
-    decoder = tokenizer.streaming_decoder(batch_size=2, source="codes")
-    samples = [decoder.push(codes) for codes in offline.codes.split([3, 1, offline.codes.shape[2] - 4], dim=2)]
-    torch.testing.assert_close(torch.cat(samples, dim=-1), tokenizer.decode_codes(offline.codes), atol=1e-5, rtol=0)
-
-
-def test_a_row_does_not_depend_on_its_batch(tokenizer: F3Tokenizer) -> None:
-    long, short = audio(1, 960), audio(1, 480, seed=3)
-    batch = torch.cat([long, torch.nn.functional.pad(short, (0, 480))])
-    together = tokenizer.encode(batch, torch.tensor([960, 480]))
-    alone = tokenizer.encode(short)
-    torch.testing.assert_close(together.latents[1:, :5], alone.latents, atol=1e-5, rtol=0)
-    assert torch.equal(together.codes[1:, :, :5], alone.codes)
-
-
-def test_any_prefix_of_codebooks_decodes(tokenizer: F3Tokenizer) -> None:
-    codes = tokenizer.encode(audio(1, 960)).codes
-    sounds = [tokenizer.decode_codes(codes[:, :k]) for k in (1, 2, 3)]
-    assert all(sound.shape == (1, 1, 960) for sound in sounds)
-    assert not torch.equal(sounds[0], sounds[2])
-
-
-def test_codes_are_those_of_the_latents(tokenizer: F3Tokenizer) -> None:
-    frames = tokenizer.encode(audio(1, 960))
-    assert torch.equal(tokenizer.quantize(frames.latents), frames.codes)
-
-
-def test_no_input_is_too_short(tokenizer: F3Tokenizer) -> None:
-    assert tokenizer.encode(audio(1, 1)).latents.shape == (1, 1, 8)
-    assert tokenizer.streaming_encoder().flush().latents.shape == (1, 0, 8)
-
-
-def test_saved_equals_loaded(tokenizer: F3Tokenizer, tmp_path: Path) -> None:
-    tokenizer.save(tmp_path / "t")
-    loaded = F3Tokenizer.load(tmp_path / "t")
+def test_stored_precision_costs_little(tokenizer: F3Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path)
+    loaded, waveform = F3Tokenizer.load(tmp_path), audio(1, 960)
     assert loaded.fingerprint() == tokenizer.fingerprint()
-    waveform = audio(1, 960)
     torch.testing.assert_close(loaded.encode(waveform).latents, tokenizer.encode(waveform).latents, atol=0.1, rtol=0)
-    loaded.save(tmp_path / "u")
-    again = F3Tokenizer.load(tmp_path / "u")
-    assert torch.equal(again.encode(waveform).latents, loaded.encode(waveform).latents)
-    with torch.no_grad():
-        next(iter(loaded.decoder.parameters())).add_(1.0)
-    assert loaded.fingerprint() == tokenizer.fingerprint()  # its frames are the same
-    with torch.no_grad():
-        next(iter(loaded.encoder.parameters())).add_(1.0)
-    assert loaded.fingerprint() != tokenizer.fingerprint()
+
+
+def test_the_fingerprint_is_that_of_the_frames(tokenizer: F3Tokenizer) -> None:
+    for part, same in ((tokenizer.decoder, True), (tokenizer.encoder, False)):
+        before = tokenizer.fingerprint()
+        with torch.no_grad():
+            next(iter(part.parameters())).add_(1.0)
+        assert (tokenizer.fingerprint() == before) == same
 
 
 def test_without_normalization_latents_keep_their_scale_until_it_is_folded_away(plain: F3Tokenizer) -> None:

@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.tokenizer_layouts import PUBLISHED
 from hybridlm.checkpoint import resolve
-from tests.support.tiny_codecs import CODECS, save_tiny_codec
+from tests.support.tiny_codecs import CHUNKED, CODECS, save_tiny_codec
 from tokenizer.errors import UserError
 from tokenizer.huggingface import HuggingFaceTokenizer
 from tokenizer.huggingface_codec import HuggingFaceConfig, build_codec
@@ -40,59 +41,55 @@ def refusal(name: str | Path) -> str:
     return message
 
 
-PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]]]] = {
-    "facebook/encodec_24khz": (
-        {"model_type": "encodec", "sampling_rate": 24000, "target_bandwidths": [1.5, 3.0, 6.0, 12.0, 24.0]},
-        {
-            "encoder.layers.0.conv.weight": (32, 1, 7),
-            "encoder.layers.12.conv.weight": (512, 256, 16),
-            "encoder.layers.13.lstm.weight_ih_l1": (2048, 512),
-            "encoder.layers.15.conv.weight": (128, 512, 7),
-            "quantizer.layers.31.codebook.embed": (1024, 128),
-            "decoder.layers.3.conv.weight": (512, 256, 16),
-            "decoder.layers.15.conv.bias": (1,),
-        },
-    ),
-    "kyutai/mimi": (
-        {"model_type": "mimi", "frame_rate": 12.5, "rope_theta": 10000.0, "use_causal_conv": True},
-        {
-            "encoder.layers.0.conv.weight": (64, 1, 7),
-            "encoder.layers.14.conv.weight": (512, 1024, 3),
-            "encoder_transformer.layers.7.self_attn.q_proj.weight": (512, 512),
-            "encoder_transformer.layers.0.mlp_layer_scale.scale": (512,),
-            "downsample.conv.weight": (512, 512, 4),
-            "quantizer.semantic_residual_vector_quantizer.input_proj.weight": (256, 512, 1),
-            "quantizer.semantic_residual_vector_quantizer.layers.0.codebook.embed_sum": (2048, 256),
-            "quantizer.acoustic_residual_vector_quantizer.layers.30.codebook.cluster_usage": (2048,),
-            "upsample.conv.weight": (512, 1, 4),
-            "decoder_transformer.layers.7.mlp.fc1.weight": (2048, 512),
-            "decoder.layers.14.conv.weight": (1, 64, 3),
-        },
-    ),
-    "descript/dac_44khz": (
-        {"model_type": "dac", "downsampling_ratios": [2, 4, 8, 8], "n_codebooks": 9, "sampling_rate": 44100},
-        {
-            "encoder.conv1.weight": (64, 1, 7),
-            "encoder.block.3.conv1.weight": (1024, 512, 16),
-            "encoder.block.0.res_unit3.snake1.alpha": (1, 64, 1),
-            "quantizer.quantizers.8.codebook.weight": (1024, 8),
-            "quantizer.quantizers.0.in_proj.weight": (8, 1024, 1),
-            "decoder.block.0.conv_t1.weight": (1536, 768, 16),
-            "decoder.conv2.weight": (1, 96, 7),
-        },
-    ),
-    "descript/dac_16khz": (
-        # hop_length and hidden_size stand in published files, where they need not be right: they follow from the rest
-        {"model_type": "dac", "downsampling_ratios": [2, 4, 5, 8], "n_codebooks": 12, "hop_length": 512},
-        {"encoder.block.2.conv1.weight": (512, 256, 10), "quantizer.quantizers.11.codebook.weight": (1024, 8)},
-    ),
-    "descript/dac_24khz": (
-        {"model_type": "dac", "downsampling_ratios": [2, 4, 5, 8], "n_codebooks": 32, "sampling_rate": 24000},
-        {"quantizer.quantizers.31.out_proj.weight": (1024, 8, 1)},
-    ),
+TENSORS: dict[str, dict[str, tuple[int, ...]]] = {
+    "facebook/encodec_24khz": {
+        "encoder.layers.0.conv.weight": (32, 1, 7),
+        "encoder.layers.12.conv.weight": (512, 256, 16),
+        "encoder.layers.13.lstm.weight_ih_l1": (2048, 512),
+        "encoder.layers.15.conv.weight": (128, 512, 7),
+        "quantizer.layers.31.codebook.embed": (1024, 128),
+        "decoder.layers.3.conv.weight": (512, 256, 16),
+        "decoder.layers.15.conv.bias": (1,),
+    },
+    "facebook/encodec_48khz": {
+        "encoder.layers.0.conv.weight": (32, 2, 7),
+        "encoder.layers.0.norm.weight": (32,),
+        "encoder.layers.15.norm.bias": (128,),
+        "quantizer.layers.15.codebook.embed": (1024, 128),
+        "decoder.layers.15.conv.weight": (2, 32, 7),
+        "decoder.layers.15.norm.weight": (2,),
+    },
+    "kyutai/mimi": {
+        "encoder.layers.0.conv.weight": (64, 1, 7),
+        "encoder.layers.14.conv.weight": (512, 1024, 3),
+        "encoder_transformer.layers.7.self_attn.q_proj.weight": (512, 512),
+        "encoder_transformer.layers.0.mlp_layer_scale.scale": (512,),
+        "downsample.conv.weight": (512, 512, 4),
+        "quantizer.semantic_residual_vector_quantizer.input_proj.weight": (256, 512, 1),
+        "quantizer.semantic_residual_vector_quantizer.layers.0.codebook.embed_sum": (2048, 256),
+        "quantizer.acoustic_residual_vector_quantizer.layers.30.codebook.cluster_usage": (2048,),
+        "upsample.conv.weight": (512, 1, 4),
+        "decoder_transformer.layers.7.mlp.fc1.weight": (2048, 512),
+        "decoder.layers.14.conv.weight": (1, 64, 3),
+    },
+    "descript/dac_44khz": {
+        "encoder.conv1.weight": (64, 1, 7),
+        "encoder.block.3.conv1.weight": (1024, 512, 16),
+        "encoder.block.0.res_unit3.snake1.alpha": (1, 64, 1),
+        "quantizer.quantizers.8.codebook.weight": (1024, 8),
+        "quantizer.quantizers.0.in_proj.weight": (8, 1024, 1),
+        "decoder.block.0.conv_t1.weight": (1536, 768, 16),
+        "decoder.conv2.weight": (1, 96, 7),
+    },
+    "descript/dac_16khz": {
+        "encoder.block.2.conv1.weight": (512, 256, 10),
+        "quantizer.quantizers.11.codebook.weight": (1024, 8),
+    },
+    "descript/dac_24khz": {"quantizer.quantizers.31.out_proj.weight": (1024, 8, 1)},
 }
 FACTS = {  # sampling rate, hop, codebooks, codebook size, width of the latents, look-ahead
     "facebook/encodec_24khz": (24000, 320, 32, 1024, 128, 6),
+    "facebook/encodec_48khz": (48000, 320, 17, 1024, 129, 149),
     "kyutai/mimi": (24000, 1920, 32, 2048, 512, 0),
     "descript/dac_44khz": (44100, 512, 9, 1024, 1024, 8),
     "descript/dac_16khz": (16000, 320, 12, 1024, 1024, 8),
@@ -102,9 +99,9 @@ FACTS = {  # sampling rate, hop, codebooks, codebook size, width of the latents,
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_layouts(name: str) -> None:
-    config, tensors = PUBLISHED[name]
+    tensors = TENSORS[name]
     with torch.device("meta"):
-        codec, _, rename = build_codec(HuggingFaceConfig(codec=config))
+        codec, _, rename = build_codec(HuggingFaceConfig(codec=PUBLISHED[name]))
     weights = own_weights(codec.model, rename)
     assert {key: tuple(weights[key].shape) for key in tensors} == tensors
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
@@ -213,10 +210,12 @@ def test_configurations_that_do_not_work(name: str, settings: dict[str, Any], fo
     assert str(folder / "config.json") in message
 
 
-def test_the_48_khz_model_names_what_to_use_instead(tmp_path: Path) -> None:
-    folder = save_tiny_codec(tmp_path, "encodec")
-    change(folder, audio_channels=2, normalize=True, chunk_length_s=1.0, overlap=0.01, norm_type="time_group_norm")
-    assert "use facebook/encodec_24khz, or descript/dac_44khz for music" in refusal(f"hf:{folder}")
+def test_chunks_of_the_48_khz_layout_must_be_whole_frames(tmp_path: Path) -> None:
+    folder = save_tiny_codec(tmp_path, CHUNKED)
+    change(folder, chunk_length_s=0.0051)
+    assert "chunk_length_s=0.0051 is 81 samples, but must be a multiple of 8" in refusal(f"hf:{folder}")
+    with pytest.raises(UserError, match="num_codebooks=1 must be at least 2: the first codebook"):
+        HuggingFaceTokenizer.pretrained(str(folder), num_codebooks=1)
 
 
 def test_missing_weights(folder: Path) -> None:

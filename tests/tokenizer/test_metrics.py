@@ -13,6 +13,7 @@ from torchaudio.functional import resample
 
 from tokenizer.errors import UserError
 from tokenizer.metrics import (
+    Undefined,
     bootstrap_interval,
     codes_bitrate,
     compare_audio,
@@ -20,6 +21,8 @@ from tokenizer.metrics import (
     log_spectral_distance,
     mel_cepstral_distortion,
     mel_distance,
+    multi_resolution_mel_distance,
+    multi_resolution_stft_distance,
     pesq_wb,
     si_sdr,
     silence_ratio,
@@ -73,7 +76,51 @@ def test_si_sdr() -> None:
     assert si_sdr(waveform, waveform + other) == pytest.approx(20.0, abs=1e-3)
     assert si_sdr(waveform, -3.0 * (waveform + other)) == pytest.approx(20.0, abs=1e-3)
     assert si_sdr(waveform + 0.5, waveform + other - 0.2) == pytest.approx(20.0, abs=1e-3)  # offsets don't count
-    assert math.isnan(si_sdr(torch.zeros(100), noise(0, 100)))
+    with pytest.raises(Undefined, match="the reference is silent"):
+        si_sdr(torch.zeros(100), noise(0, 100))
+
+
+def test_multi_resolution_mel_distance_of_a_louder_copy_is_the_gain() -> None:
+    waveform = noise(0)
+    assert multi_resolution_mel_distance(waveform, waveform, RATE) == 0.0
+    assert multi_resolution_mel_distance(waveform, 2.0 * waveform, RATE) == pytest.approx(math.log(2.0), abs=1e-4)
+
+
+def test_multi_resolution_stft_distance_is_its_formula() -> None:
+    """By discrete Fourier transforms of windows cut by hand, from the sources' constants."""
+    reference, estimate = noise(0, 3000).double(), 0.5 * noise(0, 3000).double() + 0.3 * noise(1, 3000).double()
+    total = 0.0
+    for n_fft, hop, width in ((1024, 120, 600), (2048, 240, 1200), (512, 50, 240)):
+        window = torch.nn.functional.pad(torch.hann_window(width, dtype=torch.float64), ((n_fft - width) // 2,) * 2)
+        magnitudes = []
+        for signal in (reference, estimate):
+            frames = torch.nn.functional.pad(signal, (n_fft // 2, n_fft // 2)).unfold(0, n_fft, hop) * window
+            magnitudes.append(torch.fft.rfft(frames).abs().clamp(min=1e-4))
+        wanted, found = magnitudes
+        total += ((wanted - found).square().sum() / wanted.square().sum()).sqrt() + (wanted / found).log().abs().mean()
+    assert multi_resolution_stft_distance(reference, estimate) == pytest.approx(float(total) / 3, rel=1e-4)
+    assert multi_resolution_stft_distance(reference, reference) == 0.0
+    assert multi_resolution_stft_distance(torch.zeros(9), torch.zeros(9)) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("samples", "of_stoi", "of_pesq"),
+    [
+        (RATE // 5, "0.20 s are too short, STOI needs 0.4 s", "0.20 s are too short for PESQ"),
+        (0, "the reference is silent", "the reference is silent"),
+    ],
+)
+def test_what_is_too_short_says_so(samples: int, of_stoi: str, of_pesq: str) -> None:
+    waveform = noise(0, samples)
+    for measure, reason in ((stoi, of_stoi), (pesq_wb, of_pesq)):
+        with pytest.raises(Undefined, match=reason):
+            measure(waveform, waveform, RATE)
+
+
+def test_a_silent_estimate_has_no_pesq() -> None:
+    with pytest.raises(Undefined, match="the estimate is silent"):
+        pesq_wb(syllables(), torch.zeros(2 * RATE), RATE)
+    assert stoi(syllables(), torch.zeros(2 * RATE), RATE) == pytest.approx(0.0, abs=0.01)
 
 
 def test_stoi_and_pesq_fall_with_noise() -> None:

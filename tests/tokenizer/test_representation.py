@@ -73,33 +73,6 @@ def test_latents_and_codes_are_the_same_with_and_without_it(tokenizer: F3Tokeniz
     assert tokenizer.fingerprint() != plain.fingerprint()
 
 
-def test_features_are_the_same_streamed_and_alone(tokenizer: F3Tokenizer) -> None:
-    waveform = audio(2, 2000)
-    waveform[1, :, 900:] = 0
-    lengths = torch.tensor([2000, 900])
-    together = tokenizer.encode(waveform, lengths)
-    alone = tokenizer.encode(waveform[1:, :, :900])
-    assert together.features is not None and alone.features is not None
-    torch.testing.assert_close(together.features[1, : alone.features.shape[1]], alone.features[0], atol=1e-5, rtol=0)
-    stream, parts, start = tokenizer.streaming_encoder(2), [], 0
-    for size in (50, 0, 700, 13, 1237):
-        parts.append(stream.push(waveform[:, :, start : start + size]).features)
-        start += size
-    parts.append(stream.flush().features)
-    streamed = torch.cat([part for part in parts if part is not None], dim=1)
-    torch.testing.assert_close(streamed, together.features, atol=1e-5, rtol=0)
-
-
-def test_it_is_saved_and_loaded_with_the_tokenizer(tokenizer: F3Tokenizer, tmp_path: Path) -> None:
-    with torch.no_grad():
-        for weight in tokenizer.state_dict().values():
-            weight.copy_(weight.bfloat16())
-    tokenizer.save(tmp_path)
-    loaded = load_tokenizer(tmp_path)
-    assert loaded.fingerprint() == tokenizer.fingerprint() and loaded.feature_dim == 16
-    assert torch.equal(loaded.encode(audio(1, 500)).features, tokenizer.encode(audio(1, 500)).features)
-
-
 def test_folders_from_before_there_were_features_keep_their_fingerprint(tmp_path: Path) -> None:
     torch.manual_seed(0)
     plain = F3Tokenizer(TINY).eval()
