@@ -23,15 +23,12 @@ is nearer at no higher a price.
 
 from __future__ import annotations
 
-import argparse
 import json
-import shlex
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 
@@ -45,18 +42,16 @@ from benchmarks.bottleneck_scores import (
     write_frames,
 )
 from benchmarks.bottlenecks_report import compare, markdown
-from benchmarks.jobs import plain, run_jobs, write
 from benchmarks.representations_report import machine
+from benchmarks.study import Run, progress_of, read_result, run_study, training_settings
 from hybridlm.checkpoint import load_model
-from tokenizer.errors import UserError
 from tokenizer.f3 import F3Tokenizer
-from tokenizer.settings import from_mapping
-from training.config import OptimizerConfig, apply_overrides, changed_keys, read_yaml
+from training.config import OptimizerConfig
 from training.corpus import PcmCache
 from training.evaluate import score_clips
 from training.manifest import TagRule
+from training.probe import write_json
 from training.run import train_mapping
-from training.state import checkpoints
 
 HERE = Path(__file__).resolve().parent
 
@@ -92,34 +87,34 @@ class Study:
     """Which clips, with which weight, as in training."""
     speech_sets: tuple[str, ...] = ()
     """Values of the label `set` that STOI and PESQ are for."""
-    seeds: int = 3
-    score: Literal["test", "validation"] = "validation"
+    seeds: int
+    score: Literal["test", "validation"]
     """Split of the figures; settings are chosen on `validation`, the part of the training split that is held back."""
     validation_fraction: float = 0.02
-    test_clips: int = 12
+    test_clips: int
     """Of each set, evenly spread over it."""
-    test_seconds: float = 6.0
+    test_seconds: float
     """Of each clip its beginning is scored, at most this much."""
-    sigmas: tuple[float, ...] = (0.1, 0.3, 0.5)
+    sigmas: tuple[float, ...]
     """Noise on the latents that are decoded, beside none."""
-    sigma: float = 0.1
+    sigma: float
     """Noise on the latents that the language model learns and is scored on; one of `sigmas`."""
     precision: str = "auto"
-    batch_size: int = 16
-    segment_frames: int = 25
+    batch_size: int
+    segment_frames: int
     tokenizer: dict[str, Any] = field(default_factory=dict)
     """Fields of `F3Config` that all share, as the next two."""
     losses: dict[str, Any] = field(default_factory=dict)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    ema_decay: float = 0.99
+    ema_decay: float
     model: dict[str, Any] = field(default_factory=dict)
     """Fields of `ModelConfig`."""
     model_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    model_ema_decay: float = 0.99
-    model_seconds: float = 5400.0
+    model_ema_decay: float
+    model_seconds: float
     """Audio of the training split that a language model hears, in parts of at most a window."""
-    batch_frames: int = 1500
-    max_frames: int = 250
+    batch_frames: int
+    max_frames: int
     """Longest window of a language model."""
 
     def __post_init__(self) -> None:
@@ -132,43 +127,25 @@ class Study:
             raise ValueError(f"sigma={self.sigma} must be one of sigmas={list(self.sigmas)}, all above 0")
 
 
-class Job(NamedTuple):
-    """One run."""
-
-    variant: str
-    seed: int
-
-    def __str__(self) -> str:
-        return f"{self.variant}/{self.seed}"
+# What is run
 
 
-def folder_of(study: Study, job: Job) -> Path:
-    return Path(study.output) / job.variant / f"seed{job.seed}"
+def runs_of(study: Study) -> list[Run]:
+    """Seed after seed."""
+    output = Path(study.output)
+    names = [(variant, seed) for seed in range(study.seeds) for variant in study.variants]
+    return [Run(name=f"{variant}/{seed}", folder=output / variant / f"seed{seed}") for variant, seed in names]
 
 
-def result_path(study: Study, job: Job) -> Path:
-    return folder_of(study, job) / f"{study.score}.json"
+def variant_and_seed(run: Run) -> tuple[str, int]:
+    variant, _, seed = run.name.rpartition("/")
+    return variant, int(seed)
 
 
-def _run(study: Study, output: Path, seed: int, steps: int) -> dict[str, Any]:
-    """Settings that all trainings share."""
-    return {
-        "output": str(output),
-        "seed": seed,
-        "max_steps": steps,
-        "device": "cpu",
-        "precision": study.precision,
-        "threads": 1,
-        "validate_every": steps,
-        "checkpoint_every": 100,
-        "keep_checkpoints": 1,
-        "tensorboard": False,
-    }
-
-
-def codec_settings(study: Study, job: Job) -> dict[str, Any]:
+def codec_settings(study: Study, run: Run) -> dict[str, Any]:
     """The autoencoder's training run."""
-    variant = study.variants[job.variant]
+    name, seed = variant_and_seed(run)
+    variant = study.variants[name]
     data = {
         "caches": study.caches,
         "rules": [asdict(rule) for rule in study.rules],
@@ -181,16 +158,23 @@ def codec_settings(study: Study, job: Job) -> dict[str, Any]:
         "tokenizer": {**study.tokenizer, **variant.tokenizer},
         "losses": {**study.losses, **variant.losses},
     }
-    run = _run(study, folder_of(study, job) / "codec", job.seed, study.steps)
-    run |= {"task": "tokenizer", "ema_decay": study.ema_decay, "optimizer": asdict(study.optimizer)}
-    return dict(plain({**run, "tokenizer_task": section}))
+    return training_settings(
+        task="tokenizer",
+        section=section,
+        folder=run.folder / "codec",
+        seed=seed,
+        steps=study.steps,
+        optimizer=study.optimizer,
+        precision=study.precision,
+        ema_decay=study.ema_decay,
+        validate_every=study.steps,
+    )
 
 
-def model_settings(study: Study, job: Job, spread: float) -> dict[str, Any]:
+def model_settings(study: Study, run: Run, spread: float) -> dict[str, Any]:
     """The language model's training run, on latents of this spread."""
-    folder = folder_of(study, job)
     data = {
-        "caches": [str(folder / "train")],
+        "caches": [str(run.folder / "train")],
         "validation_fraction": 0.0,  # nothing is chosen by it
         "validation_frames": study.batch_frames,
         "batch_frames": study.batch_frames,
@@ -198,15 +182,23 @@ def model_settings(study: Study, job: Job, spread: float) -> dict[str, Any]:
     }
     own = {"representation": "continuous", "sigma": study.sigma * spread, "max_frames": study.max_frames}
     section = {
-        "tokenizer": str(folder / "codec" / "model"),
+        "tokenizer": str(run.folder / "codec" / "model"),
         "data": data,
         "text": {"model": str(Path(study.output) / "text.model")},
         "model": {**study.model, **own},
         "losses": {"alignment_weight": 0},
     }
-    run = _run(study, folder / "model", job.seed, study.model_steps)
-    run |= {"task": "language", "ema_decay": study.model_ema_decay, "optimizer": asdict(study.model_optimizer)}
-    return dict(plain({**run, "language": section}))
+    return training_settings(
+        task="language",
+        section=section,
+        folder=run.folder / "model",
+        seed=variant_and_seed(run)[1],
+        steps=study.model_steps,
+        optimizer=study.model_optimizer,
+        precision=study.precision,
+        ema_decay=study.model_ema_decay,
+        validate_every=study.model_steps,
+    )
 
 
 def scoring_settings(study: Study) -> dict[str, Any]:
@@ -224,18 +216,36 @@ def scoring_settings(study: Study) -> dict[str, Any]:
     }
 
 
-def run_one(study: Study, job: Job) -> dict[str, Any] | None:
-    """Train and score one codec and its language model, unless that is done; None when it was interrupted.
+def result_settings(study: Study, run: Run, spread: float) -> dict[str, Any]:
+    """What a run's result says of how it was made."""
+    return {
+        "codec_settings": codec_settings(study, run),
+        "model_settings": model_settings(study, run, spread),
+        "test": scoring_settings(study),
+    }
+
+
+def result_of(study: Study, run: Run) -> dict[str, Any] | None:
+    """A finished run's result, if it is there.
 
     Raises:
-        UserError: the run's folder holds a result of other settings; or what training says.
+        UserError: it was made with other settings.
+    """
+    name = f"{study.score}.json"
+    found = read_result(run.folder, {}, name)
+    return found and read_result(run.folder, result_settings(study, run, found["spread"]), name)
+
+
+def make(study: Study, run: Run) -> bool:
+    """Train and score one codec and its language model, as far as that is not done; False when it was interrupted.
+
+    Raises:
+        UserError: what training says.
     """
     torch.set_num_threads(1)
-    if (done := read_result(study, job)) is not None:
-        return done
-    folder, test = folder_of(study, job), scoring_settings(study)
-    if not train_mapping(codec_settings(study, job), f"{job}: codec", resume=True).finished:
-        return None
+    folder, test = run.folder, scoring_settings(study)
+    if not train_mapping(codec_settings(study, run), f"{run.name}: codec", resume=True).finished:
+        return False
     codec = F3Tokenizer.load(folder / "codec" / "model")
     heard = PcmCache(
         [Path(cache) for cache in study.caches],
@@ -253,17 +263,14 @@ def run_one(study: Study, job: Job) -> dict[str, Any] | None:
     frames = write_frames(heard, training_parts(heard, study.model_seconds, window_s), codec, folder / "train")
     spread = spread_of(frames)
     empty_text(Path(study.output))
-    settings = model_settings(study, job, spread)
-    if not train_mapping(settings, f"{job}: model", resume=True).finished:
-        return None
+    if not train_mapping(model_settings(study, run, spread), f"{run.name}: model", resume=True).finished:
+        return False
     parts = judged_parts(judged, study.test_seconds, study.test_clips)
     tests = write_frames(judged, parts, codec, folder / study.score)
     clips = score_clips(load_model(folder / "model" / "model"), tests, window_frames=study.max_frames, with_text=False)
     sigmas = (0.0, *study.sigmas)
     result = {
-        "codec_settings": codec_settings(study, job),
-        "model_settings": settings,
-        "test": test,
+        **result_settings(study, run, spread),
         "codec": _progress(folder / "codec"),
         "model": _progress(folder / "model"),
         "parameters": sum(weights.numel() for weights in codec.parameters()),
@@ -279,14 +286,13 @@ def run_one(study: Study, job: Job) -> dict[str, Any] | None:
             noise_distances(codec, judged, parts, spread=spread, sigmas=sigmas, speech_sets=study.speech_sets)
         ),
     }
-    write(result_path(study, job), json.dumps(result, indent=1) + "\n")
-    return result
+    write_json(folder / f"{study.score}.json", result)
+    return True
 
 
 def _progress(folder: Path) -> dict[str, Any]:
-    """How far a training run came."""
-    state = json.loads((checkpoints(folder)[-1] / "state.json").read_text(encoding="utf-8"))["progress"]
-    return {"steps": state["step"], "skipped_steps": state["bad_steps"], "seconds": state["seconds"]}
+    progress = progress_of(folder)
+    return {"steps": progress["step"], "skipped_steps": progress["bad_steps"], "seconds": progress["seconds"]}
 
 
 def _last_figure(log: Path, name: str) -> float | None:
@@ -294,36 +300,20 @@ def _last_figure(log: Path, name: str) -> float | None:
     return next((line[name] for line in reversed(lines) if name in line), None)
 
 
-def read_result(study: Study, job: Job) -> dict[str, Any] | None:
-    """A finished run's result, if it is there.
-
-    Raises:
-        UserError: it was made with other settings.
-    """
-    path = result_path(study, job)
-    if not path.is_file():
-        return None
-    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    now = {
-        "codec_settings": codec_settings(study, job),
-        "model_settings": model_settings(study, job, result["spread"]),
-        "test": scoring_settings(study),
-    }
-    for part, settings in now.items():
-        if changed := changed_keys(result[part], settings):
-            raise UserError(f"{path} was made with other settings ({', '.join(changed)}); choose another output")
-    return result
+# The report
 
 
-def report(study: Study, jobs: Sequence[Job], command: str, options: argparse.Namespace) -> str:
-    """Write the figures of the runs that are there."""
+def report(study: Study, command: str) -> tuple[str, dict[str, Any]]:
+    """Markdown and figures of the runs that are there."""
     found: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in study.variants}
-    for job in jobs:
-        if (result := read_result(study, job)) is not None:
-            found[job.variant][job.seed] = result
+    runs = runs_of(study)
+    for run in runs:
+        if (result := result_of(study, run)) is not None:
+            variant, seed = variant_and_seed(run)
+            found[variant][seed] = result
     figures = compare(found, study.first)
     count = sum(map(len, found.values()))
-    missing = "" if count == len(jobs) else f" **{count} of {len(jobs)} runs are done.**"
+    missing = "" if count == len(runs) else f" **{count} of {len(runs)} runs are done.**"
     head = [
         f"`{command}`",
         f"{study.seeds} seeds; autoencoders: {study.steps} steps of {study.batch_size} x {study.segment_frames} "
@@ -332,57 +322,28 @@ def report(study: Study, jobs: Sequence[Job], command: str, options: argparse.Na
         f"the first {study.test_seconds:g} s of each.{missing}",
     ]
     text = markdown(figures, {name: variant.about for name, variant in study.variants.items()}, head)
-    write(options.markdown, text)
-    write(options.json, json.dumps({"command": command, "study": asdict(study), **figures}, indent=1) + "\n")
-    return text
+    return text, {"command": command, "study": asdict(study), **figures}
 
 
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=HERE / "bottlenecks.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as seeds=1 steps=50")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
-    parser.add_argument("--one", help="VARIANT/SEED: only this run")
-    parser.add_argument("--markdown", type=Path, default=HERE / "results" / "bottlenecks.md")
-    parser.add_argument("--json", type=Path, default=HERE / "results" / "bottlenecks.json")
-    options = parser.parse_intermixed_args(arguments)
-    if options.jobs < 1:
-        parser.error(f"--jobs={options.jobs} must be at least 1")
-    return options
+def check(study: Study) -> None:
+    """The empty prefix is learned before processes share it."""
+    empty_text(Path(study.output))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    options = parse(given)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    command = shlex.join(["python", "-m", "benchmarks.bottlenecks", *given])
-    try:
-        mapping = apply_overrides(read_yaml(options.config), options.overrides)
-        study = from_mapping(Study, mapping, where=str(options.config))
-        jobs = [Job(variant, seed) for seed in range(study.seeds) for variant in study.variants]
-        if options.one:
-            named = {str(job): job for job in jobs}
-            if options.one not in named:
-                raise UserError(f"--one {options.one} is none of {', '.join(named)}")
-            return 0 if run_one(study, named[options.one]) is not None else 130
-        empty_text(Path(study.output))
-        run_jobs(
-            [job for job in jobs if read_result(study, job) is None],
-            processes=options.jobs,
-            run_one=lambda job: run_one(study, job),
-            module="benchmarks.bottlenecks",
-            arguments=["--config", str(options.config), *options.overrides],
-            folder_of=lambda job: folder_of(study, job),
-            done=lambda job: print(report(study, jobs, command, options), file=sys.stderr, flush=True),
-        )
-        print(report(study, jobs, command, options))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    return 0
+    return run_study(
+        arguments,
+        module="benchmarks.bottlenecks",
+        description=__doc__,
+        config=HERE / "bottlenecks.yaml",
+        settings=Study,
+        runs_of=runs_of,
+        make=make,
+        is_done=lambda study, run: result_of(study, run) is not None,
+        report=report,
+        check=check,
+        report_each=True,
+    )
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.representations_report import estimate
+from benchmarks.study import estimate, estimate_mean
 from hybridlm.likelihood import bits_per_second
 from tokenizer.errors import UserError
 
@@ -137,18 +137,15 @@ def _distances(run: Runs, seeds: Sequence[int], minus: Runs | None = None) -> li
             table = run.distances(column, sigma, seeds)
             if minus is not None:
                 table = table - minus.distances(column, sigma, seeds)
-            table = table[:, ~table.isnan().any(dim=0)]
-            clips = table.shape[1]
-            row[name] = {**estimate(table, torch.ones(clips, dtype=torch.float64)), "clips": clips} if clips else None
+            row[name] = estimate_mean(table)
         found.append(row)
     return found
 
 
 def _bits(figure: Figure, frame_rate_hz: float) -> Figure:
     """Bits a second beside nats a frame."""
-    bits = {name: bits_per_second(figure[name], frame_rate_hz) for name in ("value", "low", "high")}
-    bits["seeds_too"] = [bits_per_second(value, frame_rate_hz) for value in figure["seeds_too"]]
-    bits["per_seed"] = [bits_per_second(value, frame_rate_hz) for value in figure["per_seed"]]
+    bits: Figure = {"value": bits_per_second(figure["value"], frame_rate_hz)}
+    bits |= {name: [bits_per_second(x, frame_rate_hz) for x in figure[name]] for name in ("interval", "per_seed")}
     return {"nats_per_frame": figure, "bits_per_second": bits}
 
 
@@ -233,7 +230,7 @@ def _cells(row: Figure, signed: bool = False) -> str:
 def _cell(figure: Figure | None, digits: int, signed: bool = False) -> str:
     if figure is None:
         return "-"
-    low, high = figure["seeds_too"]
+    low, high = figure["interval"]
     form = f"{'+' if signed else ''}.{digits}f"
     star = "*" if signed and (low > 0 or high < 0) else ""
     return f"{figure['value']:{form}}{star} [{low:{form}}, {high:{form}}]"

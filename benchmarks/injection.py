@@ -84,10 +84,10 @@ class Study:
     semantic: str | None = None
     """Folder or hub id of a semantic encoder; None: train `semantic_model`."""
     semantic_model: SemanticConfig | None = None
-    seeds: int = 3
-    validate_every: int = 500
+    seeds: int
+    validate_every: int
     precision: str = "auto"
-    ema_decay: float = 0.99
+    ema_decay: float
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     notes: tuple[str, ...] = ()
     """What the report says of the data before its tables."""
@@ -244,12 +244,14 @@ def report(study: Study, command: str) -> tuple[str, dict[str, Any]]:
             if variant != FLOOR:
                 found = read_reconstruction(study.reconstruction, study.probes.data, run.folder)
                 heard.setdefault(variant, []).append(found or {})
+    others = [f"{name}: {variant.segment_frames}" for name, variant in study.variants.items() if variant.segment_frames]
+    frames = f"{study.data.segment_frames} frames" + (f" ({', '.join(others)})" if others else "")
     lines = [
         "# Acoustics injected into frozen semantics",
         "",
         f"`{command}`",
         "",
-        f"{study.seeds} seeds, {study.steps} steps of {study.data.batch_size} segments of a second for all that is "
+        f"{study.seeds} seeds, {study.steps} steps of {study.data.batch_size} segments of {frames} for all that is "
         f"trained, the same segments, peak learning rate {study.optimizer.learning_rate:g}. Probed is the mean over "
         "time of the features, or of the latents where a tokenizer has no features; of the log-mel, mean and standard "
         "deviation. Brackets: 95 % intervals with seeds and clips (or the groups left out) drawn; differences are "

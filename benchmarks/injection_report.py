@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from benchmarks.probe_tables import FLOOR, MEAN, ProbeConfig, Results, compare, header, row, tables
 from benchmarks.reconstruction import FIGURES, TITLES, Heard, ReconstructionConfig, values_of
-from benchmarks.study import bounds, drawn_ratios
+from benchmarks.study import estimate_mean
 
 
 def report_of(
@@ -61,9 +59,9 @@ def reconstruction_rows(base: str, heard: Heard) -> list[dict[str, Any]]:
                 for field in FIGURES:
                     values = values_of(heard, variant, source, field, speech)
                     there = values_of(heard, base, of_base, field, speech)
-                    found["figures"][field] = _estimate(values)
+                    found["figures"][field] = estimate_mean(values)
                     if variant != base:
-                        found["differences"][field] = _estimate(values - there)
+                        found["differences"][field] = estimate_mean(values - there)
                 rows.append({"variant": variant, "from": source, "speech": speech, "clips": values.shape[1], **found})
     return rows
 
@@ -99,21 +97,6 @@ def side_by_side(
         cells += [_cell(heard["figures"][field] if heard else None, digits) for field, digits in FIGURES.items()]
         lines.append(row(cells))
     return lines
-
-
-def _estimate(values: torch.Tensor) -> dict[str, Any] | None:
-    """Of (seeds, clips); clips for which it is not defined are left out."""
-    kept = values[:, values.isfinite().all(dim=0)]
-    if kept.shape[1] == 0:
-        return None
-    draws = drawn_ratios(kept, torch.ones(kept.shape[1], dtype=kept.dtype))
-    each = kept.mean(dim=1)
-    return {
-        "value": each.mean().item(),
-        "interval": bounds(draws),
-        "per_seed": each.tolist(),
-        "clips": kept.shape[1],
-    }
 
 
 def _percent(figure: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,11 +29,11 @@ class ReconstructionConfig:
 
     speech: tuple[str, ...]
     """Sets that STOI and PESQ are for."""
-    other: tuple[str, ...] = ()
-    clips: int = 20
+    clips: int
     """Of each set, evenly spread."""
-    seconds: float = 10.0
+    seconds: float
     """Of a clip its beginning, at most this much."""
+    other: tuple[str, ...] = ()
 
 
 def decodings(tokenizer: Tokenizer, frames: AudioFrames) -> dict[str, torch.Tensor]:

@@ -83,19 +83,19 @@ class Study:
     model: dict[str, Any]
     """Fields that all variants share."""
     steps: int
-    seeds: int = 3
-    batch_frames: int = 2000
-    max_frames: int = 250
+    seeds: int
+    batch_frames: int
+    max_frames: int
     """Longest window, in training and in the test."""
     score: Literal["test", "validation"] = "test"
     """Split of the figures; settings are chosen on `validation`, the part of the training split that is held back."""
-    test_seconds: float = 60.0
+    test_seconds: float
     """Of each clip its beginning is scored, at most this much."""
     validation_fraction: float = 0.02
     validation_frames: int = 5000
-    validate_every: int = 200
+    validate_every: int
     precision: str = "auto"
-    ema_decay: float = 0.99
+    ema_decay: float
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     losses: dict[str, Any] = field(default_factory=dict)
 

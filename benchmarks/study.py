@@ -1,7 +1,8 @@
 """Studies of several training runs: a process of one thread each, finished ones kept, interrupted ones gone on with.
 
-`run_study` is the whole program: it makes the runs that are missing, some at a time, and reports when all are done. For
-`--jobs` it calls itself with `--one NAME`, which makes a single run and writes `result.json` into the run's folder.
+`run_study` is the whole program: it makes the runs that are missing, some at a time, and reports when all are done, or
+after each. For `--jobs` it calls itself with `--one NAME`, which makes a single run and writes its result into the
+run's folder.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import torch
 
@@ -41,7 +42,7 @@ class Run:
     name: str
     """As `--one` takes it."""
     folder: Path
-    """Of its `output.txt` and `result.json`."""
+    """Of its `output.txt` and its result."""
     needs: tuple[str, ...] = ()
     """Names of the runs that must be finished before it begins."""
 
@@ -118,17 +119,18 @@ def run_missing(
         raise UserError(f"{failed[0].name} failed: {' '.join(last) or 'no message'}; see {log}")
 
 
-def read_result(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+def read_result(folder: Path, settings: Mapping[str, Any], name: str = RESULT) -> dict[str, Any] | None:
     """A result that is there already.
 
     Args:
-        folder: Where `result.json` would be.
+        folder: Where it would be.
         settings: Parts of it that say how it was made.
+        name: Of its file.
 
     Raises:
         UserError: it was made with other settings.
     """
-    path = folder / RESULT
+    path = folder / name
     if not path.is_file():
         return None
     result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -204,6 +206,31 @@ def bounds(draws: torch.Tensor) -> list[float]:
     return [low, high]
 
 
+def estimate(values: torch.Tensor, sizes: torch.Tensor) -> dict[str, Any]:
+    """sum(values) / sum(sizes): the seeds' mean, its interval with seeds and units drawn, and each seed's own.
+
+    Args:
+        values: (seeds, units), summed over a unit.
+        sizes: (units,).
+    """
+    each = values.sum(dim=1) / sizes.sum()
+    return {"value": each.mean().item(), "interval": bounds(drawn_ratios(values, sizes)), "per_seed": each.tolist()}
+
+
+def estimate_mean(values: torch.Tensor) -> dict[str, Any] | None:
+    """`estimate` of the mean over clips, and their number.
+
+    Args:
+        values: (seeds, clips); a clip for which any seed's is not finite is left out.
+
+    Returns:
+        None where no clip is left.
+    """
+    kept = values[:, values.isfinite().all(dim=0)]
+    clips = kept.shape[1]
+    return {**estimate(kept, torch.ones(clips, dtype=kept.dtype)), "clips": clips} if clips else None
+
+
 def run_study(
     arguments: Sequence[str] | None,
     *,
@@ -217,6 +244,7 @@ def run_study(
     report: Callable[[S, str], tuple[str, dict[str, Any]]],
     check: Callable[[S], None] = lambda study: None,
     tell: Callable[[S, Run], None] = lambda study, run: None,
+    report_each: bool = False,
 ) -> int:
     """The whole program of a study: command line, runs, report.
 
@@ -229,9 +257,10 @@ def run_study(
         runs_of: The runs that they ask for.
         make: Makes one; False when it was interrupted.
         is_done: Whether a run's result is there.
-        report: Markdown and figures, of the settings and the command; called when all runs are done.
+        report: Markdown and figures, of the settings and the command; called when all runs are done, and then printed.
         check: What must hold before any run begins.
         tell: Says something of a run that another process has made.
+        report_each: Also report after every run that was made, on standard error; `report` must bear missing runs.
 
     Returns:
         The program's exit code.
@@ -257,7 +286,22 @@ def run_study(
             named = {run.name: run for run in runs}
             if options.one not in named:
                 raise UserError(f"--one {options.one} is none of {', '.join(named)}")
-            return 0 if make(study, named[options.one]) else 130
+            run = named[options.one]
+            return 0 if is_done(study, run) or make(study, run) else 130
+
+        def write_report(stream: TextIO) -> None:
+            text, figures = report(study, shlex.join(["python", "-m", module, *given]))
+            with replacing(options.markdown) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+            write_json(options.json, figures)
+            print(text, file=stream, flush=True)
+
+        def when_done(run: Run) -> None:
+            if options.jobs > 1:
+                tell(study, run)
+            if report_each:
+                write_report(sys.stderr)
+
         check(study)
         run_missing(
             runs,
@@ -266,17 +310,13 @@ def run_study(
             arguments=["--config", str(options.config), *options.overrides],
             processes=options.jobs,
             is_done=lambda run: is_done(study, run),
-            when_done=lambda run: tell(study, run) if options.jobs > 1 else None,
+            when_done=when_done,
         )
-        text, figures = report(study, shlex.join(["python", "-m", module, *given]))
+        write_report(sys.stdout)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
-    print(text)
-    with replacing(options.markdown) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    write_json(options.json, figures)
     return 0

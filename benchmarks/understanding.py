@@ -95,10 +95,10 @@ class Study:
     """Folder or hub id of the language model; None: train `text_model`."""
     text_model: TextModelConfig | None = None
     encoder: RepresentationConfig = field(default_factory=RepresentationConfig)
-    seeds: int = 3
-    validate_every: int = 500
+    seeds: int
+    validate_every: int
     precision: str = "auto"
-    ema_decay: float = 0.99
+    ema_decay: float
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     notes: tuple[str, ...] = ()
     """What the report says of the data before its tables."""

@@ -13,7 +13,8 @@ import torch
 import yaml
 from rich.console import Console
 
-from benchmarks import bottlenecks, representations_report
+from benchmarks import bottlenecks
+from benchmarks import study as studies
 from benchmarks.bottleneck_scores import (
     Part,
     judged_parts,
@@ -50,7 +51,7 @@ def audio(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(representations_report, "RESAMPLES", 50)
+    monkeypatch.setattr(studies, "RESAMPLES", 50)
 
 
 def study(audio: Path, output: Path) -> dict[str, Any]:
@@ -70,6 +71,7 @@ def study(audio: Path, output: Path) -> dict[str, Any]:
         "seeds": 1,
         "sigmas": [0.3],
         "sigma": 0.3,
+        "test_clips": 12,
         "test_seconds": 1.5,
         "steps": 2,
         "batch_size": 2,
@@ -77,8 +79,10 @@ def study(audio: Path, output: Path) -> dict[str, Any]:
         "tokenizer": TINY_CODEC,
         "losses": {**quiet, "loudness_weight": 0, "rate_weight": 0},
         "optimizer": optimizer,
+        "ema_decay": 0.99,
         "model_steps": 2,
         "model_optimizer": optimizer,
+        "model_ema_decay": 0.99,
         "model_seconds": 4.0,
         "batch_frames": 40,
         "max_frames": 20,
@@ -99,7 +103,7 @@ def test_from_recordings_to_tables(
     mapping = study(audio, tmp_path / "runs")
     assert run(mapping, tmp_path, "--one", "noisy/0") == 0
     assert not (tmp_path / "report.md").exists()
-    reports: list[str] = []
+    reports: list[tuple[str, dict[str, Any]]] = []
     report = bottlenecks.report
     monkeypatch.setattr(bottlenecks, "report", lambda *given: reports.append(report(*given)) or reports[-1])
     assert run(mapping, tmp_path) == 0
@@ -134,8 +138,18 @@ def test_from_recordings_to_tables(
     # Latents without normalization come to the language model at unit scale.
     assert figures["variants"]["plain"]["spread"][0] == pytest.approx(1.0, abs=0.3)
 
-    monkeypatch.setattr(bottlenecks, "run_one", lambda *_: pytest.fail("what is there is not made again"))
-    assert run(mapping, tmp_path) == 0
+    # Another split needs no other training.
+    model = tmp_path / "runs" / "plain" / "seed0" / "model" / "model" / "model.safetensors"
+    before = model.stat().st_mtime_ns
+    assert run(mapping, tmp_path, "score=validation") == 0
+    assert model.stat().st_mtime_ns == before
+    validation = json.loads((tmp_path / "runs" / "plain" / "seed0" / "validation.json").read_text())
+    held_back = {clip["key"] for clip in validation["clips"]}
+    assert held_back and not held_back & {"kathleen-2.opus", "kerstin.opus", "tabla.opus"}
+
+    monkeypatch.setattr(bottlenecks, "make", lambda *_: pytest.fail("what is there is not made again"))
+    assert run(mapping, tmp_path) == 0 and run(mapping, tmp_path, "--one", "noisy/0") == 0
+    assert json.loads((tmp_path / "report.json").read_text())["variants"] == figures["variants"]
     capsys.readouterr()
     assert run({**mapping, "model_steps": 3}, tmp_path) == 2
     assert "made with other settings (max_steps, validate_every)" in capsys.readouterr().err
@@ -152,11 +166,11 @@ def test_a_study_names_its_first_variant_and_its_noise(
 
 
 def test_the_shipped_study_is_valid() -> None:
-
     found = from_mapping(bottlenecks.Study, read_yaml(bottlenecks.HERE / "bottlenecks.yaml"))
-
-    for variant in found.variants:
-        settings = bottlenecks.codec_settings(found, bottlenecks.Job(variant, 0))
+    runs = bottlenecks.runs_of(found)
+    assert len(runs) == found.seeds * len(found.variants)
+    for run in runs[: len(found.variants)]:
+        settings = bottlenecks.codec_settings(found, run)
         config = from_mapping(TokenizerTaskConfig, settings["tokenizer_task"])
         assert config.losses.quantized_share == config.losses.rate_weight == 0
 
@@ -246,7 +260,7 @@ def test_the_rate_does_not_depend_on_the_latents_scale() -> None:
     # 0.25 nats at 25 Hz are 9.0 bits a second.
     assert rates["theirs"] - rates["ours"] == pytest.approx(0.25 * 25 / math.log(2))
     difference = figures["differences"][0]["rate"]["bits_per_second"]
-    assert [difference["value"], *difference["seeds_too"]] == pytest.approx([-0.25 * 25 / math.log(2)] * 3)
+    assert [difference["value"], *difference["interval"]] == pytest.approx([-0.25 * 25 / math.log(2)] * 3)
     assert "-9* [-9, -9] |" in markdown(figures, {}, [])
 
 
@@ -260,12 +274,12 @@ def test_differences_are_paired_by_clip_and_of_common_seeds() -> None:
     assert figures["variants"]["theirs"]["seeds"] == [0, 1] and figures["differences"][0]["seeds"] == [0]
     for row in figures["differences"][0]["distances"]:
         for name in ("mel_speech", "mel_other"):
-            assert [row[name]["value"], *row[name]["seeds_too"]] == pytest.approx([-0.5] * 3)
+            assert [row[name]["value"], *row[name]["interval"]] == pytest.approx([-0.5] * 3)
             assert row[name]["clips"] == 4
         assert row["stoi"] is None and row["si_sdr_db"]["clips"] == 7
     absolute = figures["variants"]["theirs"]["distances"][1]["mel_speech"]
     assert absolute["value"] == pytest.approx(1.5 + 3 + 0.3 + 0.05)
-    assert absolute["seeds_too"][1] - absolute["seeds_too"][0] > 1.0
+    assert absolute["interval"][1] - absolute["interval"][0] > 1.0
 
 
 def test_nothing_yet_is_a_report_too() -> None:

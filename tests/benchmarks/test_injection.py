@@ -60,6 +60,8 @@ def study(tmp_path: Path) -> dict[str, Any]:
         "given": {"box": str(tmp_path / "codec")},
         "steps": 2,
         "seeds": 1,
+        "validate_every": 500,
+        "ema_decay": 0.99,
         "semantic_model": {"steps": 2, "encoder": {"data": data, **masked}},
         "reconstruction": {"speech": ["read"], "other": ["parts"], "clips": 2, "seconds": 1.5},
         "probes": {

@@ -34,6 +34,8 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "model": {**shared, "short_context_frames": 0, "history_noise": 0, "condition_dropout": 0},
         "steps": 2,
         "seeds": 2,
+        "validate_every": 200,
+        "ema_decay": 0.99,
         "batch_frames": 40,
         "max_frames": 16,
         "test_seconds": 0.8,

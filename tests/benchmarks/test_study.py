@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import study
-from benchmarks.study import Run, drawn_ratios, read_result, run_missing
+from benchmarks.study import Run, bounds, drawn_ratios, estimate_mean, read_result, run_missing
 from tokenizer.errors import UserError
 
 
@@ -77,6 +77,7 @@ def test_a_result_of_other_settings_is_refused(tmp_path: Path) -> None:
         read_result(tmp_path, {"made": {"steps": 3, "data": {"rules": [2]}}})
     with pytest.raises(UserError, match=r"other settings \(task\)"):
         read_result(tmp_path, {"task": "digit"})
+    assert read_result(tmp_path, {"task": "digit"}, "other.json") is None
 
 
 def test_the_bootstrap_draws_seeds_and_units(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,3 +91,14 @@ def test_the_bootstrap_draws_seeds_and_units(monkeypatch: pytest.MonkeyPatch) ->
         for some, drawn in zip(seeds, units, strict=True)
     ]
     assert drawn_ratios(values, sizes).tolist() == pytest.approx(expected)
+
+
+def test_a_mean_leaves_out_clips_without_a_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "RESAMPLES", 50)
+    nan = float("nan")
+    values = torch.tensor([[1.0, nan, 3.0, 7.0], [2.0, 5.0, 4.0, nan]], dtype=torch.float64)
+    found = estimate_mean(values)
+    assert found is not None and found["clips"] == 2
+    assert found["value"] == 2.5 and found["per_seed"] == [2.0, 3.0]
+    assert found["interval"] == bounds(drawn_ratios(values[:, [0, 2]], torch.ones(2, dtype=torch.float64)))
+    assert estimate_mean(values[:, [1, 3]]) is None

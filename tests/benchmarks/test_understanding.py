@@ -48,6 +48,8 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "losses": {"num_offsets": 2, "codebook_size": 8, "projection_dim": 4},
         "steps": 2,
         "seeds": 2,
+        "validate_every": 500,
+        "ema_decay": 0.99,
         "text_model": {"steps": 2, "text": {"sentences": str(folder / "sentences.txt"), **TINY}},
         "notes": ["Trained on two recordings."],
         "probes": {
