@@ -53,8 +53,8 @@ def run(output_dir: str | Path = "demo-output", *, model: str | Path = "box") ->
 
     for index, sentence in enumerate(SPEECH, start=1):
         make(f"speech-{index}", sentence, text=sentence, seed=index)
-    music = make("music", "tag music", **_tagged(audio_model, "music"), duration=MUSIC_SECONDS, seed=0)
-    make("sound", "tag sound", **_tagged(audio_model, "sound"), duration=SOUND_SECONDS, seed=2)
+    music = make("music", "tag music", **_tagged(audio_model, "music"), duration=MUSIC_SECONDS, seed=4)
+    make("sound", "tag sound", **_tagged(audio_model, "sound"), duration=SOUND_SECONDS, seed=3)
     make(
         "continuation",
         "music.wav, continued",

@@ -34,6 +34,8 @@ SLACK_SECONDS = 2.0
 """The longest speech is 2 s + 0.12 s a byte; of those recordings, none is longer."""
 PROMPT_SECONDS = 60.0
 """A longer recording is continued from its last minute: no model here looks further back."""
+SILENT_PEAK = 1e-3
+"""Below -60 dB of full scale, what is new in a recording is called silent."""
 LARGEST_SEED = 2**63 - 1
 """What a torch.Generator takes."""
 VOICE_TAGS = ("speech", "speaker:kathleen")
@@ -130,6 +132,11 @@ class AudioModel:
             f"seed {seed + row}: stopped at the limit of {limit / self.tokenizer.frame_rate_hz:.1f} s before its end"
             for row in range(num_samples)
             if text is not None and made[row] == limit and duration is None
+        ]
+        warnings += [
+            f"seed {seed + row}: silent; use another seed"
+            for row, peak in enumerate(self._peaks(waveform, lengths, made))
+            if peak < SILENT_PEAK
         ]
         if audio is not None and self._seconds(audio) > PROMPT_SECONDS:
             warnings.append(
@@ -282,6 +289,14 @@ class AudioModel:
             codes = torch.cat([kept.expand(rows, -1, -1), codes], dim=2)
             latents = torch.cat([past.expand(rows, -1, -1), latents], dim=1)
         return AudioFrames(codes=codes, latents=latents, lengths=made + before)
+
+    def _peaks(self, waveform: Tensor, lengths: Tensor, made: Tensor) -> list[float]:
+        """Loudest sample of what is new in each row."""
+        new = (made * self.tokenizer.hop_length).tolist()
+        return [
+            float(row[0, max(0, length - count) : length].abs().max())
+            for row, length, count in zip(waveform, lengths.tolist(), new, strict=True)
+        ]
 
     @torch.no_grad()  # and no inference mode: its tensors would be of no use to a caller who trains on the audio
     def _decode(self, frames: AudioFrames) -> tuple[Float[Tensor, "B 1 S"], Int[Tensor, " B"]]:

@@ -234,3 +234,21 @@ def test_speech_is_guided_by_its_text_alone_unless_asked_otherwise(monkeypatch: 
     assert list(seen[3].unconditional) == model.text.encode(None, [])
     tiny_model("continuous").generate(text="how are you", duration=0.2)
     assert seen[-1].controls.cfg == 1.0  # without codes there is nothing to extrapolate: only when asked for
+
+
+def test_a_silent_recording_is_told_and_its_prompt_does_not_hide_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("hybrid")
+    assert model.generate(tags=["music"], duration=0.4, num_samples=2, seed=4).warnings == ()
+    decode = model.tokenizer.decode_latents
+    calls: list[int] = []
+
+    def second_row_falls_silent(latents: torch.Tensor) -> torch.Tensor:
+        waveform = decode(latents).clone()
+        calls.append(len(calls))
+        if len(calls) == 2:
+            waveform[..., 10 * model.tokenizer.hop_length :] = 0
+        return waveform
+
+    monkeypatch.setattr(model.tokenizer, "decode_latents", second_row_falls_silent)
+    made = model.generate(audio=prompt(10 * 960), duration=0.4, num_samples=2, seed=4)
+    assert made.warnings == ("seed 5: silent; use another seed",)
