@@ -14,7 +14,9 @@ Every row is judged against the clean speech at the tokenizer's rate:
 - codec of noisy, codec of clean: through the tokenizer and back. The latter is as far as any enhancer in this
   tokenizer's space could come. A codec's decoder makes sound that is alike, not a copy of the waveform, so that SI-SDR,
   which compares waveforms, can be poor in both.
-- enhanced: one row an enhancer, and, where there are several (such as three seeds), the mean of a clip's figures.
+- enhanced: what is decoded; masked: the mixture, turned down where that is quieter, as `hybridlm enhance` does unless
+  it is told `--phase decoded`. One row an enhancer, and, where there are several (such as three seeds), the mean of a
+  clip's figures.
 
 Figures are means over clips with 95 % bootstrap intervals; so are the differences from noisy, which are paired by clip.
 With `--against "codec of noisy"` they tell what the enhancer does, apart from what the codec costs.
@@ -39,6 +41,7 @@ from tokenizer.audio import read_audio
 from tokenizer.enhancer import SpeechEnhancer, load_enhancer
 from tokenizer.errors import UserError
 from tokenizer.metrics import Interval, bootstrap_interval, compare_audio
+from tokenizer.spectral_mask import mask_noise
 from training.examples import clip_seed
 from training.index import VALIDATION, split_clips
 from training.manifest import Clip, TagRule, apply_rules, read_manifest
@@ -50,7 +53,7 @@ COLUMNS = {
     "stoi": ("STOI", "{:.3f}"),
     "si_sdr_db": ("SI-SDR (dB)", "{:.1f}"),
 }
-NOISY, CODED, MEAN = "noisy", "codec of noisy", "enhanced, mean"
+NOISY, CODED, ENHANCED, MASKED = "noisy", "codec of noisy", "enhanced", "masked"
 GATE_WINDOW, GATE_FLOOR, GATE_QUANTILE = 512, 0.1, 0.1
 
 
@@ -110,14 +113,18 @@ def judge(
             "codec of clean": space.decode(space.encode(mixture.clean)),
             **{name: enhancer.enhance(noisy) for name, enhancer in enhancers.items()},
         }
+        masked = {name.replace(ENHANCED, MASKED, 1): mask_noise(noisy, made[name], rate) for name in enhancers}
+        kinds = {ENHANCED: set(enhancers), MASKED: set(masked)}
+        made |= masked
         for row, audio in made.items():
             estimate = audio.reshape(-1)[: len(clean)]
             judged = compare_audio(clean, estimate, rate, speech=True)
             records.append({"snr_db": snr, "row": row, **{name: getattr(judged, name) for name in COLUMNS}})
         if len(enhancers) > 1:
-            own = [record for record in records[-len(made) :] if record["row"] in enhancers]
-            means = {name: sum(record[name] for record in own) / len(own) for name in COLUMNS}
-            records.append({"snr_db": snr, "row": MEAN, **means})
+            for kind, names in kinds.items():
+                own = [record for record in records[-len(made) :] if record["row"] in names]
+                means = {name: sum(record[name] for record in own) / len(own) for name in COLUMNS}
+                records.append({"snr_db": snr, "row": f"{kind}, mean", **means})
     return records
 
 

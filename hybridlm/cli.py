@@ -175,13 +175,16 @@ def enhance(
     input: Annotated[Path, typer.Argument(metavar="IN", help="A recording of noisy speech.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="WAV or FLAC.")],
     model: Annotated[Path | None, typer.Option(metavar="DIR", help="An enhancer's folder; none is in the box.")] = None,
+    phase: Annotated[
+        str, typer.Option(metavar="noisy|decoded", help="Mask the recording, or hand out what the codec decodes.")
+    ] = "noisy",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; CUDA where there is one if not given.")] = None,
     json_file: JsonOption = None,
 ) -> None:
     """Take the noise out of a recording of speech."""
     from sampling.enhance import run
 
-    run(input=input, output=output, model=model, device=device, json_file=json_file)
+    run(input=input, output=output, model=model, phase=phase, device=device, json_file=json_file)
 
 
 @app.command()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -13,6 +13,9 @@ from sampling.reconstruct import PIECE_SECONDS, Stopwatch
 from tokenizer.audio import audio_blocks
 from tokenizer.enhancer import load_enhancer
 from tokenizer.errors import UserError
+from tokenizer.spectral_mask import SpectralMask
+
+Phase = Literal["noisy", "decoded"]
 
 
 def run(
@@ -20,6 +23,7 @@ def run(
     output: str | Path,
     *,
     model: str | Path | None = None,
+    phase: str = "noisy",
     device: str | None = "cpu",
     json_file: str | Path | None = None,
 ) -> dict[str, Any]:
@@ -29,12 +33,14 @@ def run(
         input: Any audio file that soundfile reads; its channels are averaged.
         output: WAV or FLAC, at the enhancer's rate, as long as the input.
         model: An enhancer's folder; there is none in the box.
+        phase: "decoded": what the tokenizer decodes, as in DashengTokenizer's paper; "noisy": the recording itself,
+            masked where that is quieter (`tokenizer.spectral_mask`), which keeps the waveform.
         device: "cpu", "cuda", ...; None for CUDA where there is one.
         json_file: Where the figures go as JSON; None for nowhere.
 
     Returns:
-        Figures: input, output, model, tokenizer, sample_rate_hz, seconds, and speed (seconds of audio a second of
-        computing).
+        Figures: input, output, model, tokenizer, phase, sample_rate_hz, seconds, and speed (seconds of audio a
+        second of computing).
 
     Raises:
         UserError: for no enhancer, input that is no audio, or an output that can't be written.
@@ -44,16 +50,23 @@ def run(
             "there is no enhancer in the box; train one with configs/enhancement-small.yaml "
             "and give its folder: --model runs/enhancement/model"
         )
+    if phase not in get_args(Phase):
+        raise UserError(f"phase={phase!r} must be one of {', '.join(get_args(Phase))}")
     enhancer = load_enhancer(model, device)
     if json_file is not None:
         check_writable(Path(json_file))
     where, computing = next(enhancer.network.parameters()).device, Stopwatch()
     stream, heard = enhancer.stream(), 0
+    mask = SpectralMask(1, enhancer.sample_rate_hz, where) if phase == "noisy" else None
     with torch.inference_mode(), AudioWriter(Path(output), enhancer.sample_rate_hz) as writer:
         for block in audio_blocks(Path(input), enhancer.sample_rate_hz, block_s=PIECE_SECONDS):
             heard += block.shape[-1]
-            writer.write(computing(partial(stream.push, block.unsqueeze(0).to(where))))
+            noisy = block.unsqueeze(0).to(where)
+            made = computing(partial(stream.push, noisy))
+            writer.write(made if mask is None else computing(partial(mask.push, noisy, made)))
         rest = computing(stream.flush)
+        if mask is not None:
+            rest = torch.cat([computing(partial(mask.push, rest[..., :0], rest)), computing(mask.flush)], dim=-1)
         writer.write(rest[..., : heard - writer.num_samples])  # the last frame reaches past the recording's end
     seconds = writer.num_samples / enhancer.sample_rate_hz
     figures: dict[str, Any] = {
@@ -61,6 +74,7 @@ def run(
         "output": str(output),
         "model": str(model),
         "tokenizer": enhancer.tokenizer.name,
+        "phase": phase,
         "sample_rate_hz": enhancer.sample_rate_hz,
         "seconds": seconds,
         "speed": seconds / computing.seconds,

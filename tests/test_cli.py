@@ -27,7 +27,7 @@ CONTRACT = {
         *("--top-k", "--top-p", "--cfg", "--device", "--output"),
     },
     "reconstruct": {"input", "output", "--tokenizer", "--from", "--num-codebooks", "--json"},
-    "enhance": {"input", "output", "--model", "--device", "--json"},
+    "enhance": {"input", "output", "--model", "--phase", "--device", "--json"},
     "prepare": {"source", "--output", "--tokenizer", "--workers", "--audio", "--sample-rate", "--split"},
     "train": {"config", "overrides", "--resume"},
     "finetune": {"--model", "--data", "--output", "overrides"},

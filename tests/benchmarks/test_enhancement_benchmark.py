@@ -49,12 +49,13 @@ def measure(model: Path, manifest: Path, output: Path, *words: object) -> dict[s
 def test_the_table(model: Path, manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = measure(model, manifest, tmp_path / "a.json", "--snr", 0, 20, "--limit", 3)
     rows = {(row["snr_db"], row["row"]): row for row in report["rows"]}
-    names = ["noisy", "spectral gate", "codec of noisy", "codec of clean", "enhanced"]
+    names = ["noisy", "spectral gate", "codec of noisy", "codec of clean", "enhanced", "masked"]
     assert list(rows) == [(snr, name) for snr in (0.0, 20.0) for name in names]
     for snr in (0.0, 20.0):
         assert rows[snr, "noisy"]["si_sdr_db"]["mean"] == pytest.approx(snr, abs=0.3)
         assert rows[snr, "noisy"]["si_sdr_db_change"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "count": 3}
         assert rows[snr, "codec of noisy"] != rows[snr, "enhanced"]
+        assert rows[snr, "masked"]["si_sdr_db"]["mean"] > rows[snr, "enhanced"]["si_sdr_db"]["mean"] + 5
     clean = [clip for clip in report["clips"] if clip["row"] == "codec of clean"]
     assert clean[0]["si_sdr_db"] == pytest.approx(clean[1]["si_sdr_db"], abs=0.2), "noise reaches the clean row"
     changes = [
@@ -87,8 +88,11 @@ def test_several_enhancers_have_a_mean(model: Path, manifest: Path, tmp_path: Pa
     assert weights.read_bytes() == (model / "model.safetensors").read_bytes()
     report = measure(model, manifest, tmp_path / "a.json", again, "--limit", 1, "--snr", 0)
     rows = {row["row"]: row for row in report["rows"]}
-    assert list(rows)[-3:] == [f"enhanced, {model}", f"enhanced, {again}", "enhanced, mean"]
-    assert rows["enhanced, mean"]["stoi"]["mean"] == pytest.approx(rows[f"enhanced, {again}"]["stoi"]["mean"])
+    kinds, names = ("enhanced", "masked"), (model, again, "mean")
+    assert set(list(rows)[-6:]) == {f"{kind}, {name}" for kind in kinds for name in names}
+    for kind in kinds:
+        assert rows[f"{kind}, mean"]["stoi"]["mean"] == pytest.approx(rows[f"{kind}, {again}"]["stoi"]["mean"])
+    assert rows["enhanced, mean"]["stoi"] != rows["masked, mean"]["stoi"]
 
 
 def test_noise_is_repeated_from_where_it_begins(manifest: Path) -> None:

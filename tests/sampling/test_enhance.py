@@ -18,6 +18,7 @@ from tests.support.tiny_audio_model import tiny_tokenizer
 from tokenizer.audio import read_audio
 from tokenizer.enhancer import load_enhancer
 from tokenizer.errors import UserError
+from tokenizer.spectral_mask import mask_noise
 
 RATE = 24000
 
@@ -31,12 +32,15 @@ def noise(samples: int) -> torch.Tensor:
     return 0.2 * torch.randn(samples, generator=torch.Generator().manual_seed(0))
 
 
-def test_pieces_join_into_the_whole(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("phase", ["noisy", "decoded"])
+def test_pieces_join_into_the_whole(phase: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampling.enhance, "PIECE_SECONDS", 0.3)
     soundfile.write(tmp_path / "in.wav", torch.stack([noise(53_111), noise(53_111).flip(0)], dim=1).numpy(), 44100)
-    figures = run(tmp_path / "in.wav", tmp_path / "out.flac", model=folder, json_file=tmp_path / "figures.json")
+    where = {"model": folder, "phase": phase, "json_file": tmp_path / "figures.json"}
+    figures = run(tmp_path / "in.wav", tmp_path / "out.flac", **where)
     waveform = read_audio(tmp_path / "in.wav", RATE)
-    expected = load_enhancer(folder).enhance(waveform[None])[0, 0]
+    enhanced = load_enhancer(folder).enhance(waveform[None])
+    expected = (enhanced if phase == "decoded" else mask_noise(waveform[None], enhanced, RATE))[0, 0]
     found = torch.from_numpy(soundfile.read(tmp_path / "out.flac", dtype="float32")[0])
     assert found.shape == expected.shape == waveform[0].shape
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
@@ -56,6 +60,7 @@ def test_the_output_is_as_long_as_the_input(samples: int, folder: Path, tmp_path
     [
         ({"model": None}, "no enhancer in the box; train one with configs/enhancement-small.yaml"),
         ({"model": "box"}, "no enhancer in the box"),
+        ({"phase": "none"}, "phase='none' must be one of noisy, decoded"),
         ({"model": "nowhere"}, "no such enhancer folder: 'nowhere'"),
         ({"input": "none.wav"}, "no such file"),
         ({"input": "letter.wav"}, "is not audio"),
@@ -73,8 +78,9 @@ def test_bad_requests_are_told_and_leave_nothing_behind(
     (tmp_path / "letter.wav").write_text("This is a letter.")
     before = sorted(os.listdir(tmp_path))
     request = {"input": "in.wav", "output": "out.wav", "model": folder} | settings
+    paths = [tmp_path / str(request.pop(name)) for name in ("input", "output")]
     with pytest.raises(UserError, match=message):
-        run(tmp_path / str(request["input"]), tmp_path / str(request["output"]), model=request["model"])
+        run(*paths, **request)  # type: ignore[arg-type]
     assert sorted(os.listdir(tmp_path)) == before
 
 
