@@ -44,11 +44,20 @@ class ProbeConfig:
     """A remark on a task, for the report."""
 
     def __post_init__(self) -> None:
-        if not self.tasks:
-            raise ValueError("tasks must name at least one")
-        for name in self.about:
-            if name not in self.tasks:
-                raise ValueError(f"about.{name} is of no task; tasks are {', '.join(self.tasks)}")
+        check_tasks(self.tasks, self.about)
+
+
+def check_tasks(tasks: Mapping[str, ProbeTask], about: Mapping[str, str]) -> None:
+    """Tasks, and remarks on some of them.
+
+    Raises:
+        ValueError: no task, or a remark on one that there is not.
+    """
+    if not tasks:
+        raise ValueError("tasks must name at least one")
+    for name in about:
+        if name not in tasks:
+            raise ValueError(f"about.{name} is of no task; tasks are {', '.join(tasks)}")
 
 
 class ProbeClips:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.probe_tables import check_tasks
 from benchmarks.representations_report import machine
 from hybridlm.checkpoint import load_codec
 from tokenizer.errors import UserError
@@ -59,11 +60,7 @@ class Study:
     """A remark on a task, for the report."""
 
     def __post_init__(self) -> None:
-        if not self.tasks:
-            raise ValueError("tasks must name at least one")
-        for name in self.about:
-            if name not in self.tasks:
-                raise ValueError(f"about.{name} is of no task; tasks are {', '.join(self.tasks)}")
+        check_tasks(self.tasks, self.about)
 
 
 def sources_of(study: Study) -> list[FrameSource]:

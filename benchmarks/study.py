@@ -30,6 +30,8 @@ from training.probe import write_json
 from training.state import checkpoints
 
 RESULT = "result.json"
+INTERRUPTED = 130
+"""Exit code of a run that was told to stop."""
 RESULTS = Path(__file__).resolve().parent / "results"
 RESAMPLES = 2000
 S = TypeVar("S")
@@ -103,6 +105,8 @@ def run_missing(
             time.sleep(0.2)
             for run in [run for run, process in running.items() if process.poll() is not None]:
                 code = running.pop(run).returncode
+                if code == INTERRUPTED:
+                    raise KeyboardInterrupt
                 failed += [run] if code else []
                 print(f"{run.name} {'failed' if code else 'done'}", file=sys.stderr, flush=True)
                 if not code:
@@ -287,7 +291,7 @@ def run_study(
             if options.one not in named:
                 raise UserError(f"--one {options.one} is none of {', '.join(named)}")
             run = named[options.one]
-            return 0 if is_done(study, run) or make(study, run) else 130
+            return 0 if is_done(study, run) or make(study, run) else INTERRUPTED
 
         def write_report(stream: TextIO) -> None:
             text, figures = report(study, shlex.join(["python", "-m", module, *given]))
@@ -318,5 +322,5 @@ def run_study(
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     return 0

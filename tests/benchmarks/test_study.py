@@ -68,6 +68,14 @@ def test_processes_wait_for_what_they_need_and_a_failure_is_told(
     assert not (tmp_path / "b").exists()
 
 
+def test_a_process_that_was_interrupted_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "stops.py").write_text(f"import sys; sys.exit({study.INTERRUPTED})\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    wanted = [Run(name="a", folder=tmp_path / "a")]
+    with pytest.raises(KeyboardInterrupt):
+        run_missing(wanted, lambda run: True, module="stops", arguments=[], processes=2, is_done=lambda run: False)
+
+
 def test_a_result_of_other_settings_is_refused(tmp_path: Path) -> None:
     assert read_result(tmp_path, {"made": {}}) is None
     (tmp_path / "result.json").write_text(json.dumps({"made": {"steps": 3, "data": {"rules": [1]}}, "figure": 0.5}))
