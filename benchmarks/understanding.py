@@ -48,16 +48,16 @@ from benchmarks.study import (
     run_study,
     training_settings,
 )
+from hybridlm.checkpoint import load_codec
 from tokenizer.errors import UserError
 from tokenizer.f3 import F3Tokenizer
-from tokenizer.loading import load_tokenizer
 from tokenizer.representation import RepresentationConfig, RepresentationEncoder
 from tokenizer.settings import from_mapping
 from training.config import OptimizerConfig
 from training.corpus import TokenCache, Window
 from training.embeddings import LogMel
 from training.probe import write_json
-from training.representation_task import RepresentationLossConfig
+from training.representation_task import RepresentationLossConfig, drawn_latents
 from training.run import train_mapping
 from training.text_task import TextTaskConfig
 from training.token_data import TokenDataConfig
@@ -223,25 +223,33 @@ def _about(folder: Path) -> dict[str, Any]:
 
 def check_unheard(study: Study, clips: ProbeClips) -> None:
     """See `ProbeClips.check_unheard`."""
-    trained = TokenCache([Path(cache) for cache in study.data.caches], split="train", rules=study.data.rules)
+    trained = heard(study)
     keys = (trained.index.clip(number).key for number in range(len(trained)))
     clips.check_unheard(keys, trained.index.all_tags())
 
 
+def heard(study: Study) -> TokenCache:
+    """What is trained on."""
+    return TokenCache([Path(cache) for cache in study.data.caches], split="train", rules=study.data.rules)
+
+
 def vectors_of(study: Study, run: Run, clips: ProbeClips) -> Float[Tensor, "N E"]:
-    """The mean over time of each clip's frames; of the floor, deviation too."""
+    """The mean over time of each clip's frames; of the floor, deviation too. All are standardized on training's frames,
+    as what is trained is when it is saved."""
     if run.name == FLOOR:
         return clips.embed(LogMel())
-    cache = TokenCache([Path(folder) for folder in study.data.caches])
+    cache, keys = TokenCache([Path(folder) for folder in study.data.caches]), [clip.key for clip in clips.clips]
     if run.name == RAW:
-        return pooled(cache, [clip.key for clip in clips.clips], lambda latents: latents)
+        frames = torch.cat(list(drawn_latents(heard(study), study.data)))
+        mean, deviation = frames.mean(dim=0), frames.std(dim=0)
+        return pooled(cache, keys, lambda latents: (latents - mean) / deviation)
     if run.name.startswith(f"{UNTRAINED}/"):
         torch.manual_seed(int(run.name.rpartition("/")[2]))
         untrained = RepresentationEncoder(cache.latent_dim, study.encoder).eval()
-        return pooled(cache, [clip.key for clip in clips.clips], untrained.features)
-    made = load_tokenizer(run.folder / "model")
+        return pooled(cache, keys, untrained.standardized(drawn_latents(heard(study), study.data)).features)
+    made = load_codec(run.folder / "model")
     assert isinstance(made, F3Tokenizer) and made.representation is not None
-    return pooled(cache, [clip.key for clip in clips.clips], made.representation.features)
+    return pooled(cache, keys, made.representation.features)
 
 
 @torch.inference_mode()
@@ -299,10 +307,12 @@ def report(study: Study, command: str) -> tuple[str, dict[str, Any]]:
         "frames is probed; of the log-mel, mean and standard deviation. Brackets: 95 % intervals with seeds and clips "
         "(or the groups left out) drawn; differences are paired. Raw latents and log-mel are the same for all seeds, "
         "whose linear probes alone differ. `untrained` is the encoder with its first, random weights, others for each "
-        "seed: wider and nonlinear, it raises a linear probe by itself, so what was learned is what exceeds it.",
+        "seed: wider and nonlinear, it raises a linear probe by itself, so what was learned is what exceeds it. Frames "
+        "of all rows are standardized. The linear probe is X-ARES', of ten epochs; the logistic regression is at its "
+        "optimum.",
         "",
         *(line for note in study.notes for line in (note, "")),
-        f"{machine(study.precision)}; tokenizer {load_tokenizer(study.tokenizer).fingerprint()}.",
+        f"{machine(study.precision)}; tokenizer {load_codec(study.tokenizer).fingerprint()}.",
         "",
         *header(["trained", "RQ-MTP weight", "LLM weight", "training, min a run"]),
     ]

@@ -48,6 +48,7 @@ class ProbeMethod(str, Enum):
 
     linear = "linear"
     knn = "knn"
+    logistic = "logistic"
 
 
 ModelOption = Annotated[
@@ -277,7 +278,10 @@ def probe(
     input: Annotated[
         View | None, typer.Option(help="What is probed; features where the tokenizer has them, else latents.")
     ] = None,
-    method: Annotated[ProbeMethod | None, typer.Option(help="A linear layer or nearest neighbours; both.")] = None,
+    method: Annotated[
+        ProbeMethod | None,
+        typer.Option(help="A linear layer or nearest neighbours as in X-ARES, or a logistic regression; all of them."),
+    ] = None,
     where: Annotated[
         list[str] | None, typer.Option(metavar="LABEL=VALUE", help="Only clips like this; may be repeated.")
     ] = None,

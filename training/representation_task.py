@@ -5,12 +5,14 @@ Shapes: B batch, T frames, D latent, F feature, K offsets.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from hybridlm.checkpoint import resolve
@@ -23,6 +25,8 @@ from training.llm_supervision import FrozenLLM, Projector, load_llm
 from training.rq_mtp import MultiTokenHeads, RandomProjectionQuantizer, codebook_use
 from training.task import Batch, Sample
 from training.token_data import TokenDataConfig, open_frames
+
+STANDARDIZING_FRAMES = 20_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +45,7 @@ class RepresentationLossConfig:
     llm_stride: int = 4
     """Frames that make one position of the language model's prefix."""
     captions: bool = True
-    """Let the tags, joined by spaces, be the text of clips without one."""
+    """Let the words of the tags be the text of clips without one (`caption_of`)."""
 
     def __post_init__(self) -> None:
         for name in ("rq_weight", "llm_weight"):
@@ -81,6 +85,21 @@ class Learner(nn.Module):
         self.projector = Projector(width, llm.embedding_dim, losses.llm_stride) if llm is not None else None
 
 
+def drawn_latents(cache: TokenCache, data: TokenDataConfig) -> Iterator[Float[Tensor, "T D"]]:
+    """Latents of windows drawn as in training, always the same, over which targets and features are standardized."""
+    batches = cache.batches(seed=0, batch_frames=data.batch_frames, max_frames=data.max_frames)
+    left = STANDARDIZING_FRAMES
+    while left > 0:
+        for window in next(batches):
+            yield cache.read(window).latents
+            left -= window.frames
+
+
+def caption_of(tags: Sequence[str]) -> str:
+    """The words of a clip's tags: `("sound", "glass_tap-2")` is "sound glass tap"."""
+    return " ".join(re.findall(r"[^\W\d_]+", " ".join(tags)))
+
+
 class RepresentationTask:
     """See `training.task.Task`.
 
@@ -107,7 +126,7 @@ class RepresentationTask:
                 projection_dim=losses.projection_dim,
                 codebook_size=losses.codebook_size,
                 seed=losses.projection_seed,
-            )
+            ).standardize(torch.cat(list(drawn_latents(self.train_data, config.data))))
         self.learner = Learner(self.tokenizer.latent_dim, config, self.llm)
 
     def modules(self) -> Mapping[str, nn.Module]:
@@ -156,7 +175,8 @@ class RepresentationTask:
         if self.learner.projector is not None and self.llm is not None and rows:
             prefix, real = self.learner.projector(features[rows], lengths[rows])
             scores = self.llm.to(latents.device).nll(prefix, real, [batch["texts"][row] for row in rows])
-            cross_entropy = scores.nats.sum() / scores.tokens.sum()
+            # A mean a text: a caption of two tokens counts as much as a transcript of forty.
+            cross_entropy = (scores.nats / scores.tokens).mean()
             total = total + losses.llm_weight * cross_entropy
             figures["llm"] = cross_entropy.detach()
         # A batch without any text still has to reach every weight's gradient, if only with zero.
@@ -178,8 +198,8 @@ class RepresentationTask:
 
     def export(self, folder: Path) -> None:
         """The tokenizer's folder, now with features."""
-        finished = self.tokenizer.with_representation(self.learner.encoder)
-        finished.save(folder)
+        encoder = self.learner.encoder.standardized(drawn_latents(self.train_data, self.config.data))
+        self.tokenizer.with_representation(encoder).save(folder)
 
     def samples(self) -> Sequence[Sample]:
         """Nothing: features make no sound."""
@@ -191,8 +211,8 @@ class RepresentationTask:
         texts = []
         for clip, window in zip(clips, windows, strict=True):
             whole = window.start == 0 and window.frames == cache.num_frames(window.clip)
-            caption = " ".join(clip.tags) if self.config.losses.captions else None
-            texts.append((clip.text if whole else None) or (None if clip.text else caption))
+            caption = caption_of(clip.tags) if self.config.losses.captions and not clip.text else None
+            texts.append((clip.text if whole else None) or caption or None)
         return {"latents": frames.latents, "lengths": frames.lengths, "texts": texts}
 
     def _validation_windows(self) -> Iterator[list[Window]]:

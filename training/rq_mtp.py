@@ -17,12 +17,14 @@ from torch import Tensor, nn
 class RandomProjectionQuantizer(nn.Module):
     """Codes of frames: argmin_v || l2(W z) - l2(c_v) || with W and c drawn once from a seed (BEST-RQ, equation 1).
 
-    W is Xavier-uniform, the codebook standard normal, as there; targets should have zero mean and unit variance a
-    dimension, or a few codes take everything.
+    W is Xavier-uniform, the codebook standard normal, as there; z are the targets with zero mean and unit variance a
+    dimension, without which a few codes take everything (there too).
     """
 
     projection: Tensor
     codebook: Tensor
+    target_mean: Tensor
+    target_scale: Tensor
 
     def __init__(self, target_dim: int, *, projection_dim: int = 16, codebook_size: int = 1024, seed: int = 0) -> None:
         super().__init__()
@@ -32,12 +34,22 @@ class RandomProjectionQuantizer(nn.Module):
         codebook = torch.randn(codebook_size, projection_dim, generator=generator)
         self.register_buffer("projection", projection)
         self.register_buffer("codebook", F.normalize(codebook, dim=-1))
+        self.register_buffer("target_mean", torch.zeros(target_dim))
+        self.register_buffer("target_scale", torch.ones(target_dim))
+
+    def standardize(self, targets: Float[Tensor, "N D"]) -> RandomProjectionQuantizer:
+        """Let these frames have zero mean and unit variance; returns itself. A constant dimension is only centred."""
+        deviation = targets.std(dim=0, correction=0)
+        self.target_mean = targets.mean(dim=0)
+        self.target_scale = 1 / deviation.where(deviation > 1e-5, 1.0)
+        return self
 
     @torch.no_grad()
     def forward(self, targets: Float[Tensor, "B T D"]) -> Int[Tensor, "B T"]:
         """Nearest codes; between unit vectors the nearest is the one of the largest product."""
         with torch.autocast(targets.device.type, enabled=False):
-            return ((targets.float() @ self.projection) @ self.codebook.T).argmax(dim=-1)
+            standard = (targets.float() - self.target_mean) * self.target_scale
+            return ((standard @ self.projection) @ self.codebook.T).argmax(dim=-1)
 
 
 class MultiTokenHeads(nn.Module):

@@ -102,9 +102,9 @@ def test_understanding_and_reconstruction_side_by_side(
     said = capsys.readouterr().out
     assert text.strip() in said and "injection/0 reconstruction of read: STOI" in said
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    table = {cells[0].strip("| "): cells for cells in rows if len(cells) == 12}
+    table = {cells[0].strip("| "): cells for cells in rows if len(cells) == 14}
     assert list(table) == ["tokenizer", "log-mel", "box", "semantic only", "injection", "no preservation", "codec"]
-    assert table["injection"][7] == "features" and table["box"][7] == "latents" and table["log-mel"][7] == "-"
+    assert table["injection"][9] == "features" and table["box"][9] == "latents" and table["log-mel"][9] == "-"
     assert "Reconstruction: parts (2 clips of split test)" in text
     figures = json.loads((tmp_path / "report.json").read_text())
     folder = Path(study["output"])

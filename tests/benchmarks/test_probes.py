@@ -12,6 +12,7 @@ from benchmarks import probes
 from tests.support.recordings import write_corpus
 from tests.support.tiny_audio_model import tiny_tokenizer
 from tokenizer.settings import from_mapping
+from training.classifiers import METHODS
 from training.config import read_yaml
 
 
@@ -19,7 +20,7 @@ def test_the_shipped_tasks_are_valid() -> None:
     study = from_mapping(probes.Study, read_yaml(probes.HERE / "probes.yaml"), where="probes.yaml")
     labels = {task.label for task in study.tasks.values()}
     assert labels == {"digit", "speaker", "emotion", "sound", "instrument", "note", "language"}
-    assert study.seed == 42 and study.methods == ("linear", "knn")
+    assert study.seed == 42 and study.methods == METHODS == ("linear", "knn", "logistic")
 
 
 @pytest.fixture
@@ -47,17 +48,17 @@ def test_one_command_writes_both_tables(words: list[str], tmp_path: Path, capsys
     # Rows are told as they come, task by task.
     each = [line.strip("| ") for line in text.splitlines() if line.startswith(("| log-mel", "| tiny"))]
     at = [told.index(line) for line in ["task pitch", *each, "task voice"]]
-    assert len(each) == 6 and at == sorted(at)
+    assert len(each) == 9 and at == sorted(at)
     rows = [line.split(" | ")[:2] for line in text.splitlines() if line.startswith("| ")][1:]
     names = ["log-mel (floor)", "tiny latents", "tiny codes"]
-    assert rows == [[f"| {name}", method] for name in names for method in ("linear", "knn")]
+    assert rows == [[f"| {name}", method] for name in names for method in METHODS]
     for part in ("`python -m benchmarks.probes --data", "torch", "seed 3", "Sines.", "3 folds by fold"):
         assert part in text
     assert "voice: label: no clip has the label 'voice'" in text
     figures = json.loads((tmp_path / "t.json").read_text())
     assert set(figures) == {"command", "machine", "tokenizers", "study", "tasks", "refused"}
     assert figures["tokenizers"] == {"tiny": tiny_tokenizer().fingerprint()}
-    assert len(figures["tasks"]["pitch"]["rows"]) == 6 and list(figures["refused"]) == ["voice"]
+    assert len(figures["tasks"]["pitch"]["rows"]) == 9 and list(figures["refused"]) == ["voice"]
 
 
 def test_bad_settings_are_one_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -101,3 +101,23 @@ def test_weights_of_another_encoder_are_refused(tokenizer: F3Tokenizer, tmp_path
     (tmp_path / "config.json").write_text(config.replace('"num_layers": 2', '"num_layers": 3'))
     with pytest.raises(UserError, match="does not fit config"):
         load_tokenizer(tmp_path)
+
+
+def test_standardized_features_have_no_mean_and_unit_variance(encoder: RepresentationEncoder) -> None:
+    recordings = [5 + latents(frames, seed)[0] for seed, frames in enumerate((30, 7, 50))]
+    twice = encoder.standardized(recordings[:1]).standardized(recordings)
+    features = torch.cat([twice.features(one[None])[0] for one in recordings])
+    torch.testing.assert_close(features.mean(dim=0), torch.zeros(16), atol=1e-4, rtol=0)
+    torch.testing.assert_close(features.std(dim=0, correction=0), torch.ones(16), atol=1e-3, rtol=0)
+    assert bool((encoder.feature_mean == 0).all()) and bool((encoder.feature_scale == 1).all())
+    z = 5 + latents(23, seed=9)
+    whole, _ = twice(z)
+    torch.testing.assert_close(twice.features(z, block=4), whole, atol=1e-5, rtol=0)
+    again = F3Tokenizer(TINY).eval().with_representation(twice)
+    state = again.state_dict()
+    assert torch.equal(state["representation.feature_mean"], twice.feature_mean)
+
+
+def test_features_that_never_move_are_not_blown_up(encoder: RepresentationEncoder) -> None:
+    still = torch.zeros(1, TINY.latent_dim)
+    assert encoder.standardized([still]).features(torch.zeros(1, 3, TINY.latent_dim)).abs().max() < 10

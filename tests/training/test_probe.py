@@ -13,6 +13,7 @@ from torch import Tensor
 from tests.support.command import Command, assert_refused, runner
 from tests.support.recordings import SILENT, write_corpus, write_sine
 from tests.support.tiny_audio_model import tiny_tokenizer
+from training.classifiers import METHODS
 from training.embeddings import TokenizerFrames
 from training.manifest import Clip, read_manifest
 from training.partitions import Plan, ProbeTask, make_plan
@@ -41,7 +42,7 @@ def test_separable_vectors_reach_one_and_random_ones_stay_at_chance() -> None:
     noise = torch.randn(400, 8, generator=torch.Generator().manual_seed(1))
     report = score(plan, {"floor": noise, "good": telling(labels)})
     rows = {(row.representation, row.method): row for row in report.rows}
-    for method in ("linear", "knn"):
+    for method in METHODS:
         good, bad = rows["good", method], rows["floor", method]
         assert good.accuracy.value == good.accuracy.low == 1.0
         assert bad.accuracy.low <= 0.5 + 0.03 and bad.accuracy.high >= 0.5 - 0.03
@@ -51,7 +52,7 @@ def test_separable_vectors_reach_one_and_random_ones_stay_at_chance() -> None:
         assert good.over_floor.low > 0.3
 
 
-@pytest.mark.parametrize("method", ["linear", "knn"])
+@pytest.mark.parametrize("method", METHODS)
 def test_nothing_is_learned_from_the_group_left_out(method: str) -> None:
     """Each group's vectors tell its labels, but the other groups' say the opposite: a leak would reach 1."""
     signs = torch.randn(4, 16, generator=torch.Generator().manual_seed(9)).sign()
@@ -163,10 +164,7 @@ def test_the_command_prints_the_floor_first_and_writes_json(
     assert figures["seed"] == 42 and figures["num_clips"] == 48
     assert figures["fingerprint"] == tiny_tokenizer().fingerprint()
     assert [(row["representation"], row["method"]) for row in figures["rows"]] == [
-        ("log-mel (floor)", "linear"),
-        ("log-mel (floor)", "knn"),
-        (f"{tokenizer} latents", "linear"),
-        (f"{tokenizer} latents", "knn"),
+        (name, method) for name in ("log-mel (floor)", f"{tokenizer} latents") for method in METHODS
     ]
     for row in figures["rows"]:
         assert set(row["accuracy"]) == {"value", "low", "high"}

@@ -1,4 +1,4 @@
-"""The two probes: X-ARES' linear layer and neighbours, against what they must do on vectors of known classes."""
+"""The probes: X-ARES' linear layer and neighbours, and a logistic regression, on vectors of known classes."""
 
 from __future__ import annotations
 
@@ -6,9 +6,20 @@ import math
 
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from training.classifiers import BATCH_SIZE, EPOCHS, METHODS, classify, linear_probe, neighbor_votes
+from training.classifiers import (
+    BATCH_SIZE,
+    EPOCHS,
+    METHODS,
+    classify,
+    linear_probe,
+    logistic_regression,
+    neighbor_votes,
+)
 
 
 def blobs(per_class: int, *, classes: int = 4, seed: int = 0, spread: float = 0.1) -> tuple[Tensor, Tensor]:
@@ -110,3 +121,33 @@ def test_many_test_vectors_are_scored_in_pieces() -> None:
     test, truth = blobs(300, seed=1)
     assert len(test) > 1024
     assert bool((classify("knn", train, targets, test) == truth).all())
+
+
+def test_the_logistic_regression_is_that_of_scikit_learn() -> None:
+    """With C=1 on standardized vectors, and as sure of its classes."""
+    train, targets = blobs(12, spread=3.0)
+    test, _ = blobs(50, spread=3.0, seed=1)
+    train, test = 50 + 20 * train, 50 + 20 * test
+    reference = make_pipeline(StandardScaler(), LogisticRegression(C=1.0, tol=1e-8, max_iter=5000))
+    expected = torch.from_numpy(reference.fit(train.double().numpy(), targets.numpy()).predict_proba(test.numpy()))
+    found = logistic_regression(train, targets, 4)(test).softmax(dim=1)
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=0)
+    assert 0.3 < found.max(dim=1).values.mean() < 0.95
+
+
+def test_the_logistic_regression_knows_neither_scale_nor_shift_nor_constants() -> None:
+    train, targets = blobs(12, spread=3.0)
+    test, _ = blobs(50, spread=3.0, seed=1)
+    scale = torch.linspace(0.01, 90, 64)
+    plain = logistic_regression(train, targets, 4)(test)
+    moved = logistic_regression(scale * train + 7, targets, 4)(scale * test + 7)
+    torch.testing.assert_close(moved, plain, atol=1e-2, rtol=1e-2)
+    constant = torch.full((len(train), 1), 0.3)
+    wider = logistic_regression(torch.cat([train, constant], dim=1), targets, 4)
+    torch.testing.assert_close(wider(torch.cat([test, torch.full((len(test), 1), 5.0)], dim=1)), plain)
+
+
+def test_vectors_of_inference_mode_can_be_probed() -> None:
+    with torch.inference_mode():
+        train, targets = blobs(60)
+    assert all(bool((classify(method, train, targets, train) == targets).all()) for method in METHODS)

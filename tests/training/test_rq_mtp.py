@@ -60,3 +60,19 @@ def test_collapse_is_seen() -> None:
     assert codebook_use(torch.zeros(1, 64, dtype=torch.int64), mask, 64) == (1 / 64, 1.0)
     share, perplexity = codebook_use(torch.arange(64)[None], mask, 64)
     assert share == 1.0 and abs(perplexity - 64) < 0.1
+
+
+def test_targets_of_any_mean_and_scale_use_the_codebook() -> None:
+    """Offsets that all frames share send them to a few codes; standardized, they spread as if there were none."""
+    generator = torch.Generator().manual_seed(0)
+    plain = torch.randn(1, 2000, 16, generator=generator)
+    moved = 5 + torch.linspace(0.01, 3, 16) * plain
+    mask = torch.ones(1, 2000, dtype=torch.bool)
+    quantizer = RandomProjectionQuantizer(16, projection_dim=8, codebook_size=64)
+    best = codebook_use(quantizer(plain), mask, 64)[1]
+    assert codebook_use(quantizer(moved), mask, 64)[1] < best / 3
+    quantizer.standardize(moved[0])
+    assert codebook_use(quantizer(moved), mask, 64)[1] > 0.9 * best
+    constant = torch.cat([moved, torch.full((1, 2000, 1), 4.0)], dim=2)
+    wider = RandomProjectionQuantizer(17, projection_dim=8, codebook_size=64).standardize(constant[0])
+    assert wider.target_scale.isfinite().all() and wider(constant).shape == (1, 2000)

@@ -1,4 +1,4 @@
-"""The encoder that the package `xares` takes: its rules, and the package's own checker where it is installed."""
+"""The encoder that the package `xares` takes: its rules, and the package's own checker."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from xares.audio_encoder_checker import check_audio_encoder
+from xares.utils import attr_from_py_path
 
 from tests.support.recordings import BlockTokenizer
 from tests.support.saved_model import save_tiny_model
@@ -63,7 +65,5 @@ def test_the_view_is_chosen_by_argument_or_environment(model: Path, monkeypatch:
 
 
 def test_the_checker_of_the_package_passes_it() -> None:
-    checker = pytest.importorskip("xares.audio_encoder_checker", reason="the package xares is not installed")
-    loading = pytest.importorskip("xares.utils", reason="the package xares is not installed")
-    encoder_class = loading.attr_from_py_path("training/xares_encoder.py", endswith="Encoder")
-    assert checker.check_audio_encoder(encoder_class())
+    encoder_class = attr_from_py_path("training/xares_encoder.py", endswith="Encoder")
+    assert check_audio_encoder(encoder_class())
