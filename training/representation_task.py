@@ -5,6 +5,7 @@ Shapes: B batch, T frames, D latent, F feature, K offsets.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from training.rq_mtp import MultiTokenHeads, RandomProjectionQuantizer, codebook
 from training.task import Batch, Sample
 from training.token_data import TokenDataConfig, open_frames
 
-STANDARDIZING_FRAMES = 20_000
+STANDARDIZING_BATCHES, STANDARDIZING_FRAMES = 100, 200
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,13 +87,17 @@ class Learner(nn.Module):
 
 
 def drawn_latents(cache: TokenCache, data: TokenDataConfig) -> Iterator[Float[Tensor, "T D"]]:
-    """Latents of windows drawn as in training, always the same, over which targets and features are standardized."""
+    """Latents of windows drawn as in training, always the same, over which targets and features are standardized.
+
+    A batch is of like clips, so a few windows of each of many batches are taken.
+    """
     batches = cache.batches(seed=0, batch_frames=data.batch_frames, max_frames=data.max_frames)
-    left = STANDARDIZING_FRAMES
-    while left > 0:
-        for window in next(batches):
-            yield cache.read(window).latents
-            left -= window.frames
+    for batch in itertools.islice(batches, STANDARDIZING_BATCHES):
+        left = STANDARDIZING_FRAMES
+        for window in batch:
+            if left > 0:
+                yield cache.read(window).latents[:left]
+                left -= window.frames
 
 
 def caption_of(tags: Sequence[str]) -> str:

@@ -12,12 +12,19 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tests.support.tiny_audio_model import SENTENCES, tiny_text, tiny_tokenizer
 from tests.support.toy_corpus import write_cache
 from tokenizer.errors import UserError
+from tokenizer.f3 import F3Tokenizer
 from tokenizer.loading import load_tokenizer
 from tokenizer.settings import from_mapping
-from training.representation_task import RepresentationTask, RepresentationTaskConfig
+from training import representation_task
+from training.representation_task import RepresentationTask, RepresentationTaskConfig, caption_of, drawn_latents
 from training.run import train_mapping
 
 ENCODER = {"feature_dim": 16, "num_layers": 1, "num_heads": 2, "ffn_dim": 24, "window_frames": 8}
+
+
+@pytest.fixture(autouse=True)
+def few_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(representation_task, "STANDARDIZING_BATCHES", 5)
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +144,36 @@ def test_texts_are_transcripts_of_whole_clips_or_captions(folders: dict[str, str
     assert any(text in SENTENCES for text in _texts(task))
     plain = RepresentationTask(from_mapping(RepresentationTaskConfig, settings(folders, captions=False)))
     assert None in _texts(plain) and "music" not in _texts(plain)
+
+
+def test_captions_are_words_and_every_text_counts_alike(folders: dict[str, str]) -> None:
+    assert caption_of(("sound", "Glas-Tür_2!", "3")) == "sound Glas Tür" and caption_of(("12",)) == ""
+    task = RepresentationTask(from_mapping(RepresentationTaskConfig, settings(folders, rq_weight=0.0)))
+    batch = next(task.batches(seed=0, rank=0, world_size=1, skip=0))
+    batch = {
+        **batch,
+        "texts": ["a", "the quick brown fox jumps over the lazy dog", *[None] * (len(batch["texts"]) - 2)],
+    }
+
+    def nats(texts: list[str | None]) -> float:
+        with torch.no_grad():
+            return float(task.loss("model", {**batch, "texts": texts}, step=0, generator=torch.Generator())[0])
+
+    each = [nats([text if row == other else None for row, text in enumerate(batch["texts"])]) for other in (0, 1)]
+    assert nats(batch["texts"]) == pytest.approx(sum(each) / 2, abs=1e-4) and abs(each[0] - each[1]) > 0.05
+
+
+def test_targets_and_features_are_standardized_on_what_is_trained_on(folders: dict[str, str], tmp_path: Path) -> None:
+    task = RepresentationTask(from_mapping(RepresentationTaskConfig, settings(folders, llm_weight=0.0, llm=None)))
+    frames = torch.cat(list(drawn_latents(task.train_data, task.config.data)))
+    assert task.targets is not None
+    torch.testing.assert_close(task.targets.target_mean, frames.mean(dim=0))
+    task.export(tmp_path)
+    made = load_tokenizer(tmp_path)
+    assert isinstance(made, F3Tokenizer) and made.representation is not None
+    features = made.representation.features(frames[None])[0]
+    assert features.mean(dim=0).abs().max() < 0.2 and (features.std(dim=0) - 1).abs().max() < 0.2
+    assert bool((task.learner.encoder.feature_scale == 1).all())  # training goes on with what it had
 
 
 def _texts(task: RepresentationTask) -> list[str | None]:
