@@ -1,7 +1,8 @@
 """What enhancement does to noisy speech: PESQ-WB, STOI and SI-SDR before and after, by ratio of speech to noise.
 
     python -m benchmarks.enhancement --manifest M --enhancers DIR [DIR ...] [--split test] [--snr -5 0 5 10 15]
-        [--sets librispeech kathleen] [--noise-set esc10] [--limit 50] [--seed 0] [--json FILE]
+        [--sets librispeech kathleen] [--noise-set esc10] [--limit 50] [--seed 0] [--markdown FILE] [--json FILE]
+        [--clips FILE]
 
 Speech and noise are of the same split: with `test`, clips that no recipe trains on (of the voices, those of librispeech
 are unseen; kathleen speaks unseen sentences). A clip's noise, and where in it the clip begins, follow from the clip's
@@ -19,13 +20,16 @@ Every row is judged against the clean speech at the tokenizer's rate:
   clip's figures.
 
 Figures are means over clips with 95 % bootstrap intervals; so are the differences from noisy, which are paired by clip.
-With `--against "codec of noisy"` they tell what the enhancer does, apart from what the codec costs.
+With `--against "codec of noisy"` they tell what the enhancer does, apart from what the codec costs. Of several
+enhancers the table has the means alone; `--json` has every row, `--clips` every clip.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -37,9 +41,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from benchmarks.codec_quality import choose, finite
+from benchmarks.representations_report import machine
 from tokenizer.audio import read_audio
 from tokenizer.enhancer import SpeechEnhancer, load_enhancer
 from tokenizer.errors import UserError
+from tokenizer.files import replacing
 from tokenizer.metrics import Interval, bootstrap_interval, compare_audio
 from tokenizer.spectral_mask import mask_noise
 from training.examples import clip_seed
@@ -113,7 +119,7 @@ def judge(
             "codec of clean": space.decode(space.encode(mixture.clean)),
             **{name: enhancer.enhance(noisy) for name, enhancer in enhancers.items()},
         }
-        masked = {name.replace(ENHANCED, MASKED, 1): mask_noise(noisy, made[name], rate) for name in enhancers}
+        masked = {masked_row(name): mask_noise(noisy, made[name], rate) for name in enhancers}
         kinds = {ENHANCED: set(enhancers), MASKED: set(masked)}
         made |= masked
         for row, audio in made.items():
@@ -126,6 +132,11 @@ def judge(
                 means = {name: sum(record[name] for record in own) / len(own) for name in COLUMNS}
                 records.append({"snr_db": snr, "row": f"{kind}, mean", **means})
     return records
+
+
+def masked_row(enhanced: str) -> str:
+    """Of an enhancer's rows the other one."""
+    return enhanced.replace(ENHANCED, MASKED, 1)
 
 
 def summarize(records: Sequence[dict[str, Any]], against: str) -> list[dict[str, Any]]:
@@ -197,7 +208,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--against", choices=[NOISY, CODED], default=NOISY, help="what differences are from")
     parser.add_argument("--seed", type=int, default=0, help="of the pairing of speech and noise")
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch")
-    parser.add_argument("--json", type=Path, help="also write the figures, clip by clip too, here")
+    parser.add_argument("--markdown", type=Path, help="also write the table here")
+    parser.add_argument("--json", type=Path, help="write the figures of every row here")
+    parser.add_argument("--clips", type=Path, help="write every clip's figures here, a JSON object a line")
     options = parser.parse_args(arguments)
     for name in ("limit", "threads"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
@@ -228,19 +241,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     rows = summarize(records, options.against)
-    print(table(rows, options.against))
+    command = shlex.join(["python", "-m", "benchmarks.enhancement", *(sys.argv[1:] if arguments is None else arguments)])
+    tokenizer = next(iter(enhancers.values())).tokenizer.fingerprint()
+    about = f"{machine('fp32')}; tokenizer {tokenizer}; speech and noise ({options.noise_set}) of split {options.split}."
+    shown = [row for row in rows if len(enhancers) == 1 or row["row"] not in {*enhancers, *map(masked_row, enhancers)}]
+    text = "\n".join(["# Enhancement", "", f"`{command}`", "", about, "", table(shown, options.against)]) + "\n"
+    print(text)
     if problems:
-        print(f"\n{len(problems)} of {len(chosen)} clips left out, the first: {problems[0]}")
+        print(f"{len(problems)} of {len(chosen)} clips left out, the first: {problems[0]}")
+    if options.markdown:
+        with replacing(options.markdown) as path:
+            path.write_text(text, encoding="utf-8")
+    if options.clips:
+        with replacing(options.clips) as path:
+            path.write_text("".join(json.dumps(finite(record)) + "\n" for record in records), encoding="utf-8")
     if options.json:
         report = {
+            "command": command,
+            "machine": machine("fp32"),
             "enhancers": options.enhancers,
-            "tokenizer": next(iter(enhancers.values())).tokenizer.fingerprint(),
+            "tokenizer": tokenizer,
             "split": options.split,
             "seed": options.seed,
             "against": options.against,
             "noise_set": options.noise_set,
             "rows": rows,
-            "clips": records,
             "problems": problems,
         }
         write_json(options.json, finite(report))

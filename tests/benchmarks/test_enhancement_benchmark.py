@@ -41,9 +41,11 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def measure(model: Path, manifest: Path, output: Path, *words: object) -> dict[str, Any]:
-    arguments = ["--manifest", manifest, "--sets", "talk", "--noise-set", "hiss", "--json", output]
-    assert enhancement.main([str(word) for word in [*arguments, "--enhancers", model, *words]]) == 0
-    return json.loads(output.read_text())
+    each = output.with_suffix(".jsonl")
+    arguments = ["--manifest", manifest, "--sets", "talk", "--noise-set", "hiss", "--json", output, "--clips", each]
+    arguments += ["--markdown", output.with_suffix(".md"), "--enhancers", model]
+    assert enhancement.main([str(word) for word in [*arguments, *words]]) == 0
+    return {**json.loads(output.read_text()), "clips": [json.loads(line) for line in each.read_text().splitlines()]}
 
 
 def test_the_table(model: Path, manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -63,7 +65,9 @@ def test_the_table(model: Path, manifest: Path, tmp_path: Path, capsys: pytest.C
         for clip, noisy in zip(of(report, "enhanced", 0), of(report, "noisy", 0), strict=True)
     ]
     assert rows[0.0, "enhanced"]["si_sdr_db_change"]["mean"] == pytest.approx(sum(changes) / 3)
-    assert "| talk | 20 | codec of clean | 3 |" in capsys.readouterr().out
+    text, said = (tmp_path / "a.md").read_text(), capsys.readouterr().out
+    assert "| talk | 20 | codec of clean | 3 |" in text and "| talk | 20 | masked | 3 |" in text and text in said
+    assert "`python -m benchmarks.enhancement --manifest" in text and report["tokenizer"] in text
     assert {clip["clip"] for clip in report["clips"]} == {"talk0.wav", "talk2.wav", "talk4.wav"}
     assert {clip["noise"] for clip in report["clips"]} <= {f"hiss{number}.wav" for number in range(6)}
 
@@ -93,6 +97,8 @@ def test_several_enhancers_have_a_mean(model: Path, manifest: Path, tmp_path: Pa
     for kind in kinds:
         assert rows[f"{kind}, mean"]["stoi"]["mean"] == pytest.approx(rows[f"{kind}, {again}"]["stoi"]["mean"])
     assert rows["enhanced, mean"]["stoi"] != rows["masked, mean"]["stoi"]
+    text = (tmp_path / "a.md").read_text()
+    assert "| masked, mean |" in text and f"| masked, {again} |" not in text and f"| enhanced, {model} |" not in text
 
 
 def test_noise_is_repeated_from_where_it_begins(manifest: Path) -> None:
