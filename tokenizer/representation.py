@@ -67,7 +67,7 @@ class RepresentationEncoder(nn.Module):
         features, state = self.transformer(self.embed(latents), state)
         return (features - self.feature_mean) * self.feature_scale, state
 
-    def standardized(self, recordings: Iterable[Float[Tensor, "T D"]]) -> RepresentationEncoder:
+    def standardized(self, recordings: Iterable[Float[Tensor, "_ D"]]) -> RepresentationEncoder:
         """A copy whose features have zero mean and unit variance a dimension over these recordings' frames.
 
         Args:

@@ -86,7 +86,7 @@ class Learner(nn.Module):
         self.projector = Projector(width, llm.embedding_dim, losses.llm_stride) if llm is not None else None
 
 
-def drawn_latents(cache: TokenCache, data: TokenDataConfig) -> Iterator[Float[Tensor, "T D"]]:
+def drawn_latents(cache: TokenCache, data: TokenDataConfig) -> Iterator[Float[Tensor, "_ D"]]:
     """Latents of windows drawn as in training, always the same, over which targets and features are standardized.
 
     A batch is of like clips, so a few windows of each of many batches are taken.
