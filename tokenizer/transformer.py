@@ -201,9 +201,9 @@ class CausalTransformer(nn.Module):
         return self.norm(x), after if lengths is None else after.ended(lengths, length, self.window)
 
 
-def check_heads(dim: int, num_heads: int, name: str) -> None:
+def check_heads(dim: int, num_heads: int, name: str, heads_name: str = "num_heads") -> None:
     """Raises ValueError unless `num_heads` divides `dim`, called `name`, into even widths."""
     if dim % num_heads or (dim // num_heads) % 2:
         good = [h for h in range(1, dim + 1) if dim % h == 0 and (dim // h) % 2 == 0]
         near = min(good, key=lambda h: abs(math.log(h / num_heads)))
-        raise ValueError(f"num_heads={num_heads} must divide {name}={dim} into even widths; use {near}")
+        raise ValueError(f"{heads_name}={num_heads} must divide {name}={dim} into even widths; use {near}")
