@@ -174,7 +174,7 @@ class ModelConfig:
             check_heads(self.slice_dim, self.slice_heads, "slice_dim", "slice_heads")
             if self.continuous == "none":
                 raise ValueError(
-                    f"slice_layers={self.slice_layers} needs a continuous input; set continuous_input, or slice_layers=0"
+                    f"slice_layers={self.slice_layers} needs a continuous input; set continuous_input"
                 )
         if self.continuous == "features" and not self.feature_dim:
             raise ValueError("continuous_input=features needs feature_dim > 0; choose a tokenizer with features")
