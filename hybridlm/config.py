@@ -173,9 +173,7 @@ class ModelConfig:
         if self.slice_layers:
             check_heads(self.slice_dim, self.slice_heads, "slice_dim", "slice_heads")
             if self.continuous == "none":
-                raise ValueError(
-                    f"slice_layers={self.slice_layers} needs a continuous input; set continuous_input"
-                )
+                raise ValueError(f"slice_layers={self.slice_layers} needs a continuous input; set continuous_input")
         if self.continuous == "features" and not self.feature_dim:
             raise ValueError("continuous_input=features needs feature_dim > 0; choose a tokenizer with features")
         if self.representation == "continuous" and self.continuous == "none":
