@@ -241,9 +241,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     rows = summarize(records, options.against)
-    command = shlex.join(["python", "-m", "benchmarks.enhancement", *(sys.argv[1:] if arguments is None else arguments)])
+    command = shlex.join(
+        ["python", "-m", "benchmarks.enhancement", *(sys.argv[1:] if arguments is None else arguments)]
+    )
     tokenizer = next(iter(enhancers.values())).tokenizer.fingerprint()
-    about = f"{machine('fp32')}; tokenizer {tokenizer}; speech and noise ({options.noise_set}) of split {options.split}."
+    about = (
+        f"{machine('fp32')}; tokenizer {tokenizer}; speech and noise ({options.noise_set}) of split {options.split}."
+    )
     shown = [row for row in rows if len(enhancers) == 1 or row["row"] not in {*enhancers, *map(masked_row, enhancers)}]
     text = "\n".join(["# Enhancement", "", f"`{command}`", "", about, "", table(shown, options.against)]) + "\n"
     print(text)

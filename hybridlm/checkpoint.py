@@ -26,7 +26,16 @@ from hybridlm.config import ModelConfig
 from hybridlm.model import HybridLM
 from tokenizer.errors import UserError
 from tokenizer.frames import Tokenizer
-from tokenizer.loading import ENHANCER, HUGGING_FACE, load_tokenizer, read_json, resolve_device
+from tokenizer.loading import (
+    ENHANCER,
+    HUGGING_FACE,
+    LOG_MEL,
+    load_tokenizer,
+    needs_no_folder,
+    read_json,
+    resolve_device,
+    with_log_mel,
+)
 from tokenizer.settings import from_mapping
 from tokenizer.text import TextTokenizer
 
@@ -242,8 +251,19 @@ def _fingerprint(weights: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
+def open_tokenizer(name_or_dir: str | Path) -> Tokenizer:
+    """`load_codec` for training, which also takes the hub id of a model."""
+    name = str(name_or_dir)
+    if name.startswith(LOG_MEL):
+        return with_log_mel(open_tokenizer(name.removeprefix(LOG_MEL)))
+    return load_tokenizer(name_or_dir if needs_no_folder(name) else resolve(name_or_dir))
+
+
 def load_codec(name_or_dir: str | Path, device: str | torch.device = "cpu") -> Tokenizer:
-    """A tokenizer by name ("encodec", or "box" for the box model's), by its own folder, or by its model's folder."""
+    """A tokenizer by name ("encodec", or "box" for the box model's), by its own folder, or by its model's folder; after
+    `log-mel:`, with a log-mel as features."""
+    if str(name_or_dir).startswith(LOG_MEL):
+        return with_log_mel(load_codec(str(name_or_dir).removeprefix(LOG_MEL), device))
     return load_tokenizer(resolve(BOX) if str(name_or_dir) == BOX else name_or_dir, device=device)
 
 

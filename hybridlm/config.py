@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from tokenizer.transformer import check_heads
+
 Representation = Literal["discrete", "continuous", "hybrid"]
 ContinuousInput = Literal["latents", "features", "none"]
 Fusion = Literal["sum", "concat"]
@@ -13,11 +15,12 @@ POSITIVE = (
     *("vocab_size", "num_codebooks", "codebook_size", "latent_dim", "frame_rate_hz", "hidden_dim", "num_layers"),
     *("num_heads", "num_kv_heads", "ffn_dim", "rope_theta", "code_embedding_dim", "depth_dim", "depth_ffn_dim"),
     *("num_mixtures", "latent_head_dim", "latent_head_ffn_dim", "scale_floor", "short_context_dim", "max_frames"),
-    *("reader_heads", "reader_head_dim", "reader_pace"),
+    *("reader_heads", "reader_head_dim", "reader_pace", "slice_dim", "slice_heads", "slice_ffn_dim"),
+    "slice_window_frames",
 )
 NOT_NEGATIVE = (
     *("feature_dim", "depth_layers", "latent_head_layers", "sigma", "short_context_frames", "alignment_heads"),
-    *("alignment_layer", "first_text_id"),
+    *("alignment_layer", "first_text_id", "slice_layers"),
 )
 
 
@@ -45,6 +48,15 @@ class ModelConfig:
     """The continuous part of the history. None: latents if latents are predicted, otherwise nothing (`continuous`)."""
     fusion: Fusion = "sum"
     """How codes and the continuous part become one input (WHISPER-GPT concatenates)."""
+    slice_layers: int = 0
+    """Light causal transformer layers that the continuous part passes before it is fused: WHISPER-GPT's blocks over
+    mel slices, in place of Whisper's encoder. 0: one linear map."""
+    slice_dim: int = 128
+    """Width of these layers."""
+    slice_heads: int = 4
+    slice_ffn_dim: int = 192
+    slice_window_frames: int = 64
+    """Slices that a slice sees in each of these layers, itself among them."""
     num_input_codebooks: int | None = None
     """Codebooks that the history shows. None: all (`input_codebooks`)."""
     num_output_codebooks: int | None = None
@@ -158,6 +170,10 @@ class ModelConfig:
             value = getattr(self, name)
             if value is not None and not 1 <= value <= self.num_codebooks:
                 raise ValueError(f"{name}={value} must lie in 1..num_codebooks={self.num_codebooks}")
+        if self.slice_layers:
+            check_heads(self.slice_dim, self.slice_heads, "slice_dim", "slice_heads")
+            if self.continuous == "none":
+                raise ValueError(f"slice_layers={self.slice_layers} needs a continuous input; set continuous_input")
         if self.continuous == "features" and not self.feature_dim:
             raise ValueError("continuous_input=features needs feature_dim > 0; choose a tokenizer with features")
         if self.representation == "continuous" and self.continuous == "none":

@@ -1,5 +1,7 @@
 """From a frame to one input vector: code embeddings, the continuous part, their fusion, and the clean short path.
 
+WHISPER-GPT (arXiv 2412.11449): mel slices pass light causal blocks, and are concatenated with the codes' embeddings.
+
 Shapes: B batch, T frames, K codebooks, V codebook size, D latent, F feature, E code embedding, C hidden.
 """
 
@@ -14,6 +16,7 @@ from torch.nn import functional as F
 
 from hybridlm.config import ModelConfig
 from hybridlm.decoder import INIT_STD
+from tokenizer.transformer import CausalTransformer, TransformerState
 
 
 class CodeEmbedding(nn.Module):
@@ -71,6 +74,31 @@ class FrameStatistics(nn.Module):
         return (features - self.feature_mean) / self.feature_std
 
 
+class SliceEncoder(nn.Module):
+    """The continuous part through light causal layers: W_2 transformer(W_1 x)."""
+
+    def __init__(self, width: int, output_dim: int, config: ModelConfig) -> None:
+        super().__init__()
+        self.input = nn.Linear(width, config.slice_dim)
+        self.transformer = CausalTransformer(
+            config.slice_dim,
+            num_layers=config.slice_layers,
+            num_heads=config.slice_heads,
+            ffn_dim=config.slice_ffn_dim,
+            window=config.slice_window_frames,
+        )
+        self.output = nn.Linear(config.slice_dim, output_dim)
+        nn.init.normal_(self.output.weight, std=INIT_STD)
+        nn.init.zeros_(self.output.bias)
+
+    def forward(
+        self, x: Float[Tensor, "B T X"], past: TransformerState | None, lengths: Int[Tensor, " B"] | None
+    ) -> tuple[Float[Tensor, "B T Y"], TransformerState]:
+        """Outputs of the slices after `past`, and the state after them; see `CausalTransformer.forward`."""
+        y, state = self.transformer(self.input(x), past, lengths)
+        return self.output(y), state
+
+
 class FrameFusion(nn.Module):
     """fuse(sum_k E_k(code_k), W continuous): `sum` adds two projections, `concat` gives each half of the width."""
 
@@ -84,24 +112,43 @@ class FrameFusion(nn.Module):
         code_dim = half if self.concat and both else config.hidden_dim
         continuous_dim = config.hidden_dim - half if self.concat and both else config.hidden_dim
         self.codes = nn.Linear(config.code_embedding_dim, code_dim) if self.num_codebooks else None
-        self.continuous = nn.Linear(width, continuous_dim) if width else None
+        self.slices = SliceEncoder(width, continuous_dim, config) if width and config.slice_layers else None
+        self.continuous = nn.Linear(width, continuous_dim) if width and self.slices is None else None
         for linear in (self.codes, self.continuous):
             if linear is not None:
                 nn.init.normal_(linear.weight, std=INIT_STD)
                 nn.init.zeros_(linear.bias)
 
     def forward(
-        self, code_sum: Float[Tensor, "B T E"] | None, continuous: Float[Tensor, "B T X"] | None
-    ) -> Float[Tensor, "B T C"]:
-        """Fuse the sum of the code embeddings with the continuous part; None for a part that the model does not see."""
-        parts = []
+        self,
+        code_sum: Float[Tensor, "B T E"] | None,
+        continuous: Float[Tensor, "B T X"] | None,
+        past: TransformerState | None = None,
+        lengths: Int[Tensor, " B"] | None = None,
+    ) -> tuple[Float[Tensor, "B T C"], TransformerState | None]:
+        """Fuse the sum of the code embeddings with the continuous part; None for a part that the model does not see.
+
+        Args:
+            code_sum: Of the frames.
+            continuous: Of the same frames.
+            past: What the slices' layers remember of earlier ones.
+            lengths: Real frames of each row, where rows differ and are to be gone on from.
+
+        Returns:
+            Input vectors, and what the slices' layers remember; None without such layers.
+        """
+        parts, state = [], None
         if self.codes is not None:
             parts.append(self.codes(code_sum))
         if self.continuous is not None:
             parts.append(self.continuous(continuous))
+        if self.slices is not None:
+            assert continuous is not None
+            encoded, state = self.slices(continuous, past, lengths)
+            parts.append(encoded)
         if len(parts) == 1:
-            return parts[0]
-        return torch.cat(parts, dim=-1) if self.concat else parts[0] + parts[1]
+            return parts[0], state
+        return (torch.cat(parts, dim=-1) if self.concat else parts[0] + parts[1]), state
 
 
 class ShortContext(nn.Module):

@@ -28,6 +28,7 @@ from hybridlm.fusion import CodeEmbedding, FrameFusion, FrameStatistics, ShortCo
 from hybridlm.latent_head import GaussianMixture, LatentHead
 from hybridlm.reader import Guide, Page, Reading, TextReader, place_loss
 from tokenizer.frames import AudioFrames
+from tokenizer.transformer import TransformerState
 
 
 @dataclass(kw_only=True, slots=True)
@@ -41,6 +42,8 @@ class ModelCache:
     """The last latents (normalized), for the short path."""
     page: Page | None = None
     """The text and the place in it, of a model with a reader."""
+    slices: TransformerState | None = None
+    """What the layers over the continuous input remember, of a model that has such."""
 
     def select(self, rows: Int[Tensor, " R"]) -> ModelCache:
         """A new cache with these rows, in this order, repeats allowed."""
@@ -49,6 +52,7 @@ class ModelCache:
             positions=self.positions[rows],
             recent=None if self.recent is None else self.recent[rows],
             page=None if self.page is None else self.page.select(rows),
+            slices=None if self.slices is None else self.slices.select(rows),
         )
 
 
@@ -206,9 +210,11 @@ class HybridLM(nn.Module):
         batch, columns = prefix_mask.shape
         key_mask = prefix_mask
         lengths = torch.zeros(batch, dtype=torch.int64, device=prefix.device)
-        latents = None
+        latents = slices = None
         if frames is not None:
-            embedded, latents = self._embed(frames.codes, frames.latents, frames.features, None)
+            embedded, latents, slices = self._embed(
+                frames.codes, frames.latents, frames.features, None, lengths=frames.lengths
+            )
             x = torch.cat([x, embedded], dim=1)
             lengths = frames.lengths
             valid = torch.arange(embedded.shape[1], device=prefix.device) < lengths[:, None]
@@ -232,7 +238,8 @@ class HybridLM(nn.Module):
         if reading is not None:
             page = reading.page
             page.place = reading.arrived[rows, lengths]
-        return h, ModelCache(attention=cache, positions=key_mask.sum(dim=1, keepdim=True), recent=recent, page=page)
+        positions = key_mask.sum(dim=1, keepdim=True)
+        return h, ModelCache(attention=cache, positions=positions, recent=recent, page=page, slices=slices)
 
     def step(
         self,
@@ -246,7 +253,7 @@ class HybridLM(nn.Module):
         Returns:
             The state that predicts the next frame, and the same cache, extended.
         """
-        x, clean = self._embed(codes, latents, features, None)
+        x, clean, cache.slices = self._embed(codes, latents, features, None, cache.slices)
         reading = None
         if self.reader is not None:
             assert cache.page is not None
@@ -289,7 +296,7 @@ class HybridLM(nn.Module):
         if reading is not None:
             states = frames.latents.shape[1] + 1
             reading.guide = guide = TextReader.even_guide(reading.page, frames.lengths, states, reading.guide)
-        embedded, clean = self._embed(frames.codes, frames.latents, frames.features, generator)
+        embedded, clean, _ = self._embed(frames.codes, frames.latents, frames.features, generator)
         x = torch.cat([text, embedded.to(text.dtype)], dim=1)
         # Right-padded frames need no mask: causality hides them from all that counts.
         key_mask = F.pad(prefix_mask, (0, embedded.shape[1]), value=True)
@@ -346,8 +353,11 @@ class HybridLM(nn.Module):
         latents: Tensor | None,
         features: Tensor | None,
         generator: torch.Generator | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Input vectors (B, T, C) of frames, and the normalized clean latents (B, T, D) if they are an input."""
+        slices: TransformerState | None = None,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None, TransformerState | None]:
+        """Input vectors (B, T, C) of frames, the normalized clean latents (B, T, D) if they are an input, and what the
+        layers over the continuous input remember."""
         config = self.config
         code_sum = continuous = clean = None
         if self.code_embedding is not None:
@@ -361,12 +371,12 @@ class HybridLM(nn.Module):
         elif config.continuous == "features":
             assert features is not None
             continuous = self.statistics.features(features)
-        embedded = self.fusion(code_sum, continuous)
+        embedded, slices = self.fusion(code_sum, continuous, slices, lengths)
         if self.training and config.history_dropout > 0:
             where = generator.device if generator is not None else embedded.device
             kept = torch.rand(embedded.shape[:2], generator=generator, device=where) >= config.history_dropout
             embedded = embedded * kept.to(embedded.device)[..., None]
-        return embedded, clean
+        return embedded, clean, slices
 
 
 class _Run(NamedTuple):

@@ -1,7 +1,7 @@
 """The frame loop: from a prefix and perhaps a prompt to frames, one at a time.
 
-Shapes: B rows, K codebooks, D latent, C hidden. With classifier-free guidance the model runs on 2B rows, the first B
-with their condition and the last B without.
+Shapes: B rows, K codebooks, D latent, F feature, C hidden. With classifier-free guidance the model runs on 2B rows, the
+first B with their condition and the last B without.
 
 Classifier-free guidance. Codes: the log-probabilities are extrapolated, u + cfg (c - u). A hybrid model draws its
 latent from the conditional density given the guided codes, which already pin it down. A continuous-only model has no
@@ -17,7 +17,7 @@ batch sizes, which moves a draw across the boundary of two codes about once in a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -72,17 +72,22 @@ class Drawn:
     """False for rows that have stopped: their frame means nothing."""
 
 
-def generate_frames(model: HybridLM, request: Request) -> Iterator[Drawn]:
+Hear = Callable[[Drawn], Float[Tensor, "B 1 F"]]
+"""Features of a frame that was drawn."""
+
+
+def generate_frames(model: HybridLM, request: Request, hear: Hear | None = None) -> Iterator[Drawn]:
     """Draw frame by frame, until every row has stopped or the limit is reached.
 
     Args:
-        model: In evaluation mode; it must not need features, which only decoded audio has.
-        request: See `Request`.
+        model: In evaluation mode.
+        request: See `Request`; its prompt has features, if the model reads such.
+        hear: Gives them of drawn frames, which it is called with once each, in order (`sampling.heard`).
 
     Yields:
         At least one frame; the first one is active in every row.
     """
-    loop = FrameLoop(model, request)
+    loop = FrameLoop(model, request, hear)
     for index in range(request.limits.maximum):
         frame = loop.draw(may_stop=index >= max(1, request.limits.minimum))
         if frame is None:
@@ -96,8 +101,8 @@ class FrameLoop:
     """The rows of a request on their way; each method is one inference-mode call, so nothing is kept for gradients."""
 
     @torch.inference_mode()
-    def __init__(self, model: HybridLM, request: Request) -> None:
-        self.model, self.controls = model, request.controls
+    def __init__(self, model: HybridLM, request: Request, hear: Hear | None = None) -> None:
+        self.model, self.controls, self.hear = model, request.controls, hear
         self.cfg = self.controls.guidance(with_text=False)
         self.rows = len(request.seeds)
         self.device = next(model.parameters()).device
@@ -139,7 +144,8 @@ class FrameLoop:
     def advance(self, frame: Drawn) -> None:
         """Take in the frame that was drawn."""
         codes, latents = self._all_rows(frame.codes), self._all_rows(frame.latents)
-        self.h, self.cache = self.model.step(codes, latents, None, self.cache)
+        features = self._all_rows(None if self.hear is None else self.hear(frame))
+        self.h, self.cache = self.model.step(codes, latents, features, self.cache)
 
     def _all_rows(self, x: Tensor | None) -> Tensor | None:
         return torch.cat([x, x]) if self.guided and x is not None else x
@@ -165,6 +171,7 @@ def _context(request: Request, rows: int) -> AudioFrames | None:
         codes=prompt.codes[:, :, start:].expand(rows, -1, -1),
         latents=prompt.latents[:, start:].expand(rows, -1, -1),
         lengths=torch.full((rows,), seen, device=prompt.latents.device),
+        features=None if prompt.features is None else prompt.features[:, start:].expand(rows, -1, -1),
     )
 
 

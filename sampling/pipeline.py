@@ -16,7 +16,8 @@ from hybridlm.checkpoint import load_model
 from hybridlm.config import ModelConfig
 from hybridlm.model import HybridLM
 from sampling.controls import Controls
-from sampling.generate import Drawn, Limits, Request, generate_frames
+from sampling.generate import Drawn, Hear, Limits, Request, generate_frames
+from sampling.heard import HeardFeatures, can_be_heard
 from sampling.stream import stream_audio
 from tokenizer.audio import audio_info, read_audio
 from tokenizer.errors import UserError
@@ -122,7 +123,7 @@ class AudioModel:
             raise UserError(f"num_samples={num_samples} must be at least 1")
         controls = _override(controls, temperature=temperature, top_k=top_k, top_p=top_p, cfg=cfg)
         request = self._request(text, tags, audio, duration, seed, num_samples, controls)
-        steps = list(generate_frames(self.model, request))
+        steps = list(generate_frames(self.model, request, self._hear(request)))
         active = torch.stack([step.active for step in steps], dim=1)  # (B, T)
         made = active.sum(dim=1).cpu()
         frames = self._join(request, steps, made)
@@ -182,8 +183,27 @@ class AudioModel:
         if request.prompt is not None:
             kept = request.prompt.codes[:, : self.model.config.output_codebooks]
             prompt = kept if self.source == "codes" else request.prompt.latents
-        steps = generate_frames(self.model, request)
+        steps = generate_frames(self.model, request, self._hear(request))
         return stream_audio(self.tokenizer, self.source, prompt, steps, chunk_frames)
+
+    def _hear(self, request: Request) -> Hear | None:
+        """For a model that reads features: what computes them of the frames as they are drawn."""
+        if self.model.config.continuous != "features":
+            return None
+        heard = HeardFeatures(self.tokenizer, self.source, len(request.seeds), self._kept(request.prompt))
+
+        def hear(frame: Drawn) -> Tensor:
+            drawn = frame.codes if self.source == "codes" else frame.latents
+            assert drawn is not None
+            return heard.push(drawn)
+
+        return hear
+
+    def _kept(self, prompt: AudioFrames | None) -> AudioFrames | None:
+        """The prompt's frames with the codebooks that the model predicts."""
+        if prompt is None or not self.model.config.uses_codes:
+            return prompt
+        return replace(prompt, codes=prompt.codes[:, : self.model.config.output_codebooks])
 
     def _request(
         self,
@@ -197,7 +217,7 @@ class AudioModel:
     ) -> Request:
         """Check what was asked for, and say it in frames."""
         config = self.model.config
-        unpredicted = _unpredicted(config)
+        unpredicted = _unpredicted(config, self.tokenizer)
         if unpredicted:
             raise UserError(
                 f"this model reads {unpredicted}, which it does not predict: it can be evaluated, but not generate; "
@@ -330,10 +350,13 @@ def _override(controls: Controls | None, **values: Any) -> Controls:
     return replace(controls or Controls(), **{name: value for name, value in values.items() if value is not None})
 
 
-def _unpredicted(config: ModelConfig) -> str | None:
+def _unpredicted(config: ModelConfig, tokenizer: Tokenizer) -> str | None:
     """The part of the history that generation cannot provide."""
-    if config.continuous == "features" or (config.continuous == "latents" and not config.predicts_latents):
-        return config.continuous
+    if config.continuous == "latents" and not config.predicts_latents:
+        return "latents"
+    if config.continuous == "features" and not can_be_heard(tokenizer):
+        ahead = tokenizer.lookahead_frames
+        return f"features that look {ahead} frames ahead" if tokenizer.feature_dim else "features"
     if config.input_codebooks > config.output_codebooks:
         return f"codebooks {config.output_codebooks + 1} to {config.input_codebooks}"
     return None

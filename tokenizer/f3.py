@@ -24,6 +24,7 @@ from tokenizer.errors import UserError
 from tokenizer.f3_network import Decoder, DecoderState, Encoder, EncoderState, F3Config
 from tokenizer.frames import AudioFrames, Source, WholeFrames
 from tokenizer.loading import read_config, read_weights, write_folder
+from tokenizer.mel import CausalLogMel, LogMelStream
 from tokenizer.quantizer import ResidualQuantizer
 from tokenizer.representation import RepresentationEncoder
 from tokenizer.settings import from_mapping
@@ -53,10 +54,14 @@ class F3Tokenizer(nn.Module):
         self.quantizer = ResidualQuantizer(
             num_codebooks=config.num_codebooks, codebook_size=config.codebook_size, dim=config.latent_dim
         )
-        self.representation = None
+        self.representation = self.mel = None
         if config.representation is not None:
             self.representation = RepresentationEncoder(config.latent_dim, config.representation)
-        self.feature_dim = config.representation.feature_dim if config.representation else 0
+        if config.feature_mels:
+            self.mel = CausalLogMel(
+                config.sample_rate_hz, config.feature_window, config.hop_length, config.feature_mels
+            )
+        self.feature_dim = config.representation.feature_dim if config.representation else config.feature_mels
 
     @torch.inference_mode()
     def encode(self, waveform: Float[Tensor, "B 1 S"], lengths: Int[Tensor, " B"] | None = None) -> AudioFrames:
@@ -75,6 +80,8 @@ class F3Tokenizer(nn.Module):
         if self.representation is not None:
             empty = latents.new_zeros(batch, 0, self.feature_dim)
             features = empty if samples == 0 else self.representation.features(latents)
+        elif self.mel is not None:
+            features = self.mel(padded.unsqueeze(1))
         return AudioFrames(codes=self.quantize(latents), latents=latents, lengths=frames, features=features)
 
     def quantize(self, latents: Float[Tensor, "B T D"]) -> Int[Tensor, "B K T"]:
@@ -112,6 +119,7 @@ class F3Tokenizer(nn.Module):
         """
         without = {"excitation"} | ({"representation"} if self.representation is None else set())
         without |= {"normalization"} if self.config.normalization == "channels" else set()
+        without |= {"feature_mels", "feature_window"} if self.mel is None else set()
         settings = {name: value for name, value in asdict(self.config).items() if name not in without}
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for key, tensor in sorted(self.state_dict().items()):
@@ -153,13 +161,21 @@ class F3Tokenizer(nn.Module):
     def with_representation(self, encoder: RepresentationEncoder) -> F3Tokenizer:
         """A tokenizer of the same autoencoder that also gives this encoder's features; nothing is copied."""
         found = self.without_representation()
-        found.config = dataclasses.replace(self.config, representation=encoder.config)
+        found.config = dataclasses.replace(found.config, representation=encoder.config)
         found.representation, found.feature_dim = encoder, encoder.config.feature_dim
         return found
 
+    def with_log_mel(self, num_mels: int = 80, window: int = 2048) -> F3Tokenizer:
+        """A tokenizer of the same autoencoder whose features are a log-mel (`CausalLogMel`); nothing is copied."""
+        settings = {"representation": None, "feature_mels": num_mels, "feature_window": window}
+        return self._alone(dataclasses.replace(self.config, **settings))
+
     def without_representation(self) -> F3Tokenizer:
         """A tokenizer of the same autoencoder alone; nothing is copied."""
-        found = F3Tokenizer(dataclasses.replace(self.config, representation=None))
+        return self._alone(dataclasses.replace(self.config, representation=None, feature_mels=0))
+
+    def _alone(self, config: F3Config) -> F3Tokenizer:
+        found = F3Tokenizer(config)
         found.encoder, found.decoder, found.quantizer = self.encoder, self.decoder, self.quantizer
         return found.train(self.training)
 
@@ -197,6 +213,7 @@ class F3StreamingEncoder:
         self._samples = WholeFrames(tokenizer.hop_length, batch_size, device)
         self._state: EncoderState | None = None
         self._heard: TransformerState | None = None
+        self._mels = None if tokenizer.mel is None else LogMelStream(tokenizer.mel, batch_size)
 
     @torch.inference_mode()
     def push(self, waveform: Float[Tensor, "B 1 S"]) -> AudioFrames:
@@ -208,6 +225,8 @@ class F3StreamingEncoder:
         """The last frame, padded with silence."""
         frames = self._encode(self._samples.flush()[:, 0])
         self._state = self._heard = None
+        if self.tokenizer.mel is not None:
+            self._mels = LogMelStream(self.tokenizer.mel, frames.latents.shape[0])
         return frames
 
     def _encode(self, waveform: Float[Tensor, "B S"]) -> AudioFrames:
@@ -223,6 +242,9 @@ class F3StreamingEncoder:
             features = latents.new_zeros(batch, 0, self.tokenizer.feature_dim)
             if latents.shape[1]:
                 features, self._heard = self.tokenizer.representation(latents, self._heard)
+        elif self._mels is not None:
+            self._mels.push(waveform.unsqueeze(1))
+            features = self._mels.take(latents.shape[1])
         lengths = torch.full((batch,), latents.shape[1], device=waveform.device)
         return AudioFrames(codes=codes, latents=latents, lengths=lengths, features=features)
 

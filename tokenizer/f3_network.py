@@ -60,16 +60,22 @@ class F3Config:
     num_codebooks: int = 8
     codebook_size: int = 1024
     representation: RepresentationConfig | None = None
-    """The encoder that reads the latents and gives features (`tokenizer.representation`); None: no features."""
+    """The encoder that reads the latents and gives features (`tokenizer.representation`)."""
+    feature_mels: int = 0
+    """Bands of a right-aligned log-mel that is given as features instead: WHISPER-GPT's slices. 0: none."""
+    feature_window: int = 2048
+    """Its window in samples; it ends with the frame."""
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if isinstance(value, int) and value < (0 if name == "num_phase_bins" else 1):
+            if isinstance(value, int) and value < (0 if name in ("num_phase_bins", "feature_mels") else 1):
                 raise ValueError(f"{name}={value} must be positive")
         if self.hop_length % self.hops_per_frame:
             raise ValueError(
                 f"hops_per_frame={self.hops_per_frame} must divide hop_length={self.hop_length}; use 2, 4 or 8"
             )
+        if self.feature_mels and self.representation is not None:
+            raise ValueError(f"feature_mels={self.feature_mels} and a representation both give features; choose one")
         hop = self.hop_length // self.hops_per_frame
         if self.synthesis_window % hop or self.synthesis_window < 2 * hop:
             raise ValueError(

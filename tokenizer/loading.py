@@ -27,6 +27,8 @@ PRETRAINED = ("encodec", "encodec-causal")
 """Names that need no folder: the published EnCodec weights, as they are and with a causal start."""
 HUGGING_FACE = "hf:"
 """Before a hub id or a folder: a codec of `transformers`, as it publishes them."""
+LOG_MEL = "log-mel:"
+"""Before any other name or folder: the same frames, with a right-aligned log-mel as features (`with_log_mel`)."""
 TYPES = ("dasheng", "encodec", "f3", "hf")
 ENHANCER = "enhancer"
 """The type of a folder of `tokenizer.enhancer`, which holds its tokenizer as a language model's folder does."""
@@ -88,6 +90,21 @@ def load_tokenizer(name_or_dir: str | Path, device: str | torch.device = "cpu") 
     from tokenizer.f3 import F3Tokenizer
 
     return F3Tokenizer.load(folder).to(device)
+
+
+def with_log_mel(tokenizer: Tokenizer) -> Tokenizer:
+    """The same frames with a log-mel as features, WHISPER-GPT's slices.
+
+    Raises:
+        UserError: a tokenizer that can't give them beside its own features.
+    """
+    from tokenizer.f3 import F3Tokenizer
+
+    if isinstance(tokenizer, F3Tokenizer):
+        return tokenizer.with_log_mel()
+    if tokenizer.name in ("encodec", "hf"):
+        return tokenizer  # a log-mel is what it gives
+    raise UserError(f"{LOG_MEL} cannot go before a tokenizer of type {tokenizer.name}; it is for f3, encodec and hf:")
 
 
 def _is_published_dasheng(name_or_dir: str | Path) -> bool:

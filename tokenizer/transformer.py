@@ -56,8 +56,40 @@ class TransformerState(NamedTuple):
     """What the stack remembers."""
 
     layers: list[Past]
-    position: int
-    """Of the next frame."""
+    position: int | Int[Tensor, " B"]
+    """Of the next frame; one a row where rows differ."""
+    known: Bool[Tensor, "B P"] | None = None
+    """Which of the remembered positions are real; None: all."""
+
+    def select(self, rows: Int[Tensor, " R"]) -> TransformerState:
+        """A new state with these rows, in this order, repeats allowed."""
+        return TransformerState(
+            [Past(past.keys[rows], past.values[rows]) for past in self.layers],
+            self.position[rows] if isinstance(self.position, Tensor) else self.position,
+            None if self.known is None else self.known[rows],
+        )
+
+    def ended(self, lengths: Int[Tensor, " B"], new: int, window: int) -> TransformerState:
+        """Each row's state after its first `lengths` of the `new` positions that came last.
+
+        Args:
+            lengths: At most `new`.
+            new: Positions of the last call; those of before are `position - new` or fewer.
+            window: Of the stack; the state is cut to it.
+        """
+        old = self.layers[0].keys.shape[2] - new
+        ends = old + lengths  # (B,), in columns of the remembered positions
+        columns = ends[:, None] + torch.arange(1 - window, 0, device=lengths.device)  # (B, window - 1)
+        real = columns >= 0
+        columns = columns.clamp(min=0)
+        if self.known is not None:
+            real = real & self.known.gather(1, columns)
+
+        def kept(x: Tensor) -> Tensor:
+            return x.gather(2, columns[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+        layers = [Past(kept(past.keys), kept(past.values)) for past in self.layers]
+        return TransformerState(layers, self.position - new + lengths, real)
 
 
 class WindowAttention(nn.Module):
@@ -70,7 +102,12 @@ class WindowAttention(nn.Module):
         self.out = nn.Linear(dim, dim, bias=False)
 
     def forward(
-        self, x: Float[Tensor, "B L C"], rotation: tuple[Tensor, Tensor], mask: Bool[Tensor, "L N"], past: Past | None
+        self,
+        x: Float[Tensor, "B L C"],
+        rotation: tuple[Tensor, Tensor],
+        mask: Bool[Tensor, "L N"] | Bool[Tensor, "B 1 L N"],
+        past: Past | None,
+        keep_all: bool = False,
     ) -> tuple[Float[Tensor, "B L C"], Past]:
         batch, length, _ = x.shape
         q, k, v = self.qkv(x).view(batch, length, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
@@ -78,7 +115,7 @@ class WindowAttention(nn.Module):
         if past is not None:
             k, v = torch.cat([past.keys.to(k.dtype), k], dim=2), torch.cat([past.values.to(v.dtype), v], dim=2)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        keep = max(0, k.shape[2] - (self.window - 1))
+        keep = 0 if keep_all else max(0, k.shape[2] - (self.window - 1))
         return self.out(y.transpose(1, 2).reshape(batch, length, -1)), Past(k[:, :, keep:], v[:, :, keep:])
 
 
@@ -93,9 +130,14 @@ class TransformerLayer(nn.Module):
         self.mlp = SwiGLU(dim, ffn_dim)
 
     def forward(
-        self, x: Float[Tensor, "B L C"], rotation: tuple[Tensor, Tensor], mask: Tensor, past: Past | None
+        self,
+        x: Float[Tensor, "B L C"],
+        rotation: tuple[Tensor, Tensor],
+        mask: Tensor,
+        past: Past | None,
+        keep_all: bool = False,
     ) -> tuple[Float[Tensor, "B L C"], Past]:
-        y, present = self.attention(self.attention_norm(x), rotation, mask, past)
+        y, present = self.attention(self.attention_norm(x), rotation, mask, past, keep_all)
         x = x + y
         return x + self.mlp(self.mlp_norm(x)), present
 
@@ -123,28 +165,45 @@ class CausalTransformer(nn.Module):
         self.norm = nn.RMSNorm(dim, eps=1e-5)
 
     def forward(
-        self, x: Float[Tensor, "B T C"], state: TransformerState | None = None
+        self,
+        x: Float[Tensor, "B T C"],
+        state: TransformerState | None = None,
+        lengths: Int[Tensor, " B"] | None = None,
     ) -> tuple[Float[Tensor, "B T C"], TransformerState]:
-        """Normalized outputs of the positions after `state`, and the state after them."""
+        """Normalized outputs of the positions after `state`, and the state after them.
+
+        Args:
+            x: Inputs, right-padded.
+            state: Of the positions before; None at the beginning.
+            lengths: Real inputs of each row, where the state is to be gone on from and rows differ; None: all.
+        """
         length = x.shape[1]
         start = state.position if state else 0
-        known = state.layers[0].keys.shape[2] if state else 0
+        old = state.layers[0].keys.shape[2] if state else 0
         query = torch.arange(length, device=x.device)[:, None]
-        key = torch.arange(-known, length, device=x.device)[None]
+        key = torch.arange(-old, length, device=x.device)[None]
         mask = (key <= query) & (key > query - self.window)  # (L, N)
-        positions = torch.arange(start, start + length, device=x.device)[None]
+        if state is not None and state.known is not None:
+            mask = mask & F.pad(state.known, (0, length), value=True)[:, None, None]  # (B, 1, L, N)
+        first = start[:, None] if isinstance(start, Tensor) else start
+        positions = first + torch.arange(length, device=x.device)[None]
         rotation = rotary(positions, self.head_dim, 10_000.0, x.dtype)
         pasts: list[Past | None] = list(state.layers) if state else [None] * len(self.layers)
         present = []
         for layer, past in zip(self.layers, pasts, strict=True):
-            x, kept = layer(x, rotation, mask, past)
+            x, kept = layer(x, rotation, mask, past, lengths is not None)
             present.append(kept)
-        return self.norm(x), TransformerState(present, start + length)
+        known = None
+        if state is not None and state.known is not None:
+            known = F.pad(state.known, (0, length), value=True)
+            known = known if lengths is not None else known[:, known.shape[1] - present[0].keys.shape[2] :]
+        after = TransformerState(present, start + length, known)
+        return self.norm(x), after if lengths is None else after.ended(lengths, length, self.window)
 
 
-def check_heads(dim: int, num_heads: int, name: str) -> None:
+def check_heads(dim: int, num_heads: int, name: str, heads_name: str = "num_heads") -> None:
     """Raises ValueError unless `num_heads` divides `dim`, called `name`, into even widths."""
     if dim % num_heads or (dim // num_heads) % 2:
         good = [h for h in range(1, dim + 1) if dim % h == 0 and (dim // h) % 2 == 0]
         near = min(good, key=lambda h: abs(math.log(h / num_heads)))
-        raise ValueError(f"num_heads={num_heads} must divide {name}={dim} into even widths; use {near}")
+        raise ValueError(f"{heads_name}={num_heads} must divide {name}={dim} into even widths; use {near}")

@@ -16,13 +16,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from hybridlm.checkpoint import Checkpoint, resolve, save_model
+from hybridlm.checkpoint import Checkpoint, open_tokenizer, save_model
 from hybridlm.likelihood import noise_latents
 from hybridlm.model import HybridLM
 from hybridlm.reader import Guide
 from tokenizer.errors import UserError
 from tokenizer.frames import AudioFrames, Tokenizer
-from tokenizer.loading import load_tokenizer, needs_no_folder
 from tokenizer.text import TextTokenizer
 from training.align import read_alignments
 from training.corpus import CachedClip, TokenCache, Window
@@ -101,8 +100,7 @@ class LanguageTask:
         if start is not None:
             self.tokenizer = start.tokenizer
         else:
-            known = needs_no_folder(config.tokenizer)
-            self.tokenizer = load_tokenizer(config.tokenizer if known else resolve(config.tokenizer))
+            self.tokenizer = open_tokenizer(config.tokenizer)
         self.train_data = open_frames(config.data, "train", self.tokenizer)
         self.validation_data = None
         if config.data.validation_fraction > 0:

@@ -13,12 +13,11 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from hybridlm.checkpoint import resolve
+from hybridlm.checkpoint import open_tokenizer
 from tokenizer.audio import audio_blocks
 from tokenizer.errors import UserError
 from tokenizer.files import replacing
 from tokenizer.frames import AudioFrames, Tokenizer
-from tokenizer.loading import load_tokenizer, needs_no_folder
 from training.background import in_order
 from training.manifest import Clip, Manifest, read_manifest
 from training.progress import ClipMeter
@@ -113,8 +112,7 @@ def prepare(
         UserError: no usable clip, a folder that cannot be written, or one made by another tokenizer (both are named).
     """
     if isinstance(tokenizer, (str, Path)):
-        known = needs_no_folder(tokenizer)
-        tokenizer = load_tokenizer(tokenizer if known else resolve(tokenizer))
+        tokenizer = open_tokenizer(tokenizer)
     encoder: Tokenizer = tokenizer
     streams = {
         "codes": Stream(dtype="uint16", width=encoder.num_codebooks),

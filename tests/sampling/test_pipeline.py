@@ -9,7 +9,7 @@ import torch
 from hybridlm.checkpoint import save_model
 from hybridlm.model import HybridLM
 from sampling.controls import TEXT_GUIDANCE, Controls
-from sampling.generate import Drawn, Request, generate_frames
+from sampling.generate import Drawn, Hear, Request, generate_frames
 from sampling.pipeline import FASTEST_SECONDS_PER_BYTE, SLACK_SECONDS, SLOWEST_SECONDS_PER_BYTE, load
 from tests.support.tiny_audio_model import tiny_model
 from tokenizer.errors import UserError
@@ -218,9 +218,9 @@ def test_a_saved_model_makes_the_same_audio(tmp_path: Path) -> None:
 def test_speech_is_guided_by_its_text_alone_unless_asked_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     model, seen = tiny_model(), []
 
-    def spy(lm: HybridLM, request: Request) -> Iterator[Drawn]:
+    def spy(lm: HybridLM, request: Request, hear: Hear | None) -> Iterator[Drawn]:
         seen.append(request)
-        return generate_frames(lm, request)
+        return generate_frames(lm, request, hear)
 
     monkeypatch.setattr("sampling.pipeline.generate_frames", spy)
     default = model.generate(text="how are you", tags=["speech"], duration=0.2)

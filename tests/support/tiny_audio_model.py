@@ -48,22 +48,30 @@ def tiny_text() -> TextTokenizer:
     return TextTokenizer.train(SENTENCES, vocab_size=320, tags=TAGS)
 
 
-def tiny_model(representation: str = "hybrid", *, stop_bias: float = -4.0, **settings: Any) -> AudioModel:
+def tiny_model(
+    representation: str = "hybrid",
+    *,
+    stop_bias: float = -4.0,
+    tokenizer: F3Tokenizer | None = None,
+    **settings: Any,
+) -> AudioModel:
     """A random model whose outputs are spread out, so that two draws are hardly ever equal by chance.
 
     Args:
         representation: "discrete", "continuous" or "hybrid".
         stop_bias: Logit of stopping at every frame: -30 never stops, 30 always wants to.
+        tokenizer: Instead of `tiny_tokenizer`.
         settings: Further fields of `ModelConfig`.
     """
     torch.manual_seed(0)
-    tokenizer, text = tiny_tokenizer(), tiny_text()
+    tokenizer, text = tokenizer or tiny_tokenizer(), tiny_text()
     config = ModelConfig(
         **{
             "vocab_size": text.vocab_size,
             "num_codebooks": tokenizer.num_codebooks,
             "codebook_size": tokenizer.codebook_size,
             "latent_dim": tokenizer.latent_dim,
+            "feature_dim": tokenizer.feature_dim,
             "frame_rate_hz": tokenizer.frame_rate_hz,
             "representation": representation,
             "hidden_dim": 32,

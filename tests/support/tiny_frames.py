@@ -29,6 +29,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "fusion": "concat",
         "num_input_codebooks": 1,
         "num_output_codebooks": 1,
+        "slice_layers": 2,
+        "slice_dim": 16,
+        "slice_heads": 2,
+        "slice_ffn_dim": 24,
+        "slice_window_frames": 3,
     },
     "reader": {
         "representation": "hybrid",

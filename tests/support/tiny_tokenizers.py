@@ -88,6 +88,7 @@ def _hugging_face(name: str) -> Callable[[], Any]:
 KINDS = {
     "f3": Kind(_f3, 0, 0),
     "f3-representation": Kind(_with_representation, 0, 0),
+    "f3-log-mel": Kind(lambda: _f3().with_log_mel(num_mels=8, window=500), 0, 0),
     "dasheng": Kind(dasheng, 5, 0),
     "dasheng-centred": Kind(lambda: dasheng(replace(DASHENG, causal=False)), 5, 3),
     "encodec": Kind(EncodecTokenizer.random, 6, 6),
