@@ -167,8 +167,9 @@ class F3Tokenizer(nn.Module):
 
     def with_log_mel(self, num_mels: int = 80, window: int = 2048) -> F3Tokenizer:
         """A tokenizer of the same autoencoder whose features are a log-mel (`CausalLogMel`); nothing is copied."""
-        settings = {"representation": None, "feature_mels": num_mels, "feature_window": window}
-        return self._alone(dataclasses.replace(self.config, **settings))
+        return self._alone(
+            dataclasses.replace(self.config, representation=None, feature_mels=num_mels, feature_window=window)
+        )
 
     def without_representation(self) -> F3Tokenizer:
         """A tokenizer of the same autoencoder alone; nothing is copied."""
