@@ -15,9 +15,9 @@ Every row is judged against the clean speech at the tokenizer's rate:
 - codec of noisy, codec of clean: through the tokenizer and back. The latter is as far as any enhancer in this
   tokenizer's space could come. A codec's decoder makes sound that is alike, not a copy of the waveform, so that SI-SDR,
   which compares waveforms, can be poor in both.
-- enhanced: what is decoded; masked: the mixture, turned down where that is quieter, as `hybridlm enhance` does unless
-  it is told `--phase decoded`. One row an enhancer, and, where there are several (such as three seeds), the mean of a
-  clip's figures.
+- enhanced: what is decoded; masked: the mixture, turned down where that is quieter than the codec of noisy, as
+  `hybridlm enhance` does unless it is told `--phase decoded`. One row an enhancer, and, where there are several (such
+  as three seeds), the mean of a clip's figures.
 
 Figures are means over clips with 95 % bootstrap intervals; so are the differences from noisy, which are paired by clip.
 With `--against "codec of noisy"` they tell what the enhancer does, apart from what the codec costs. Of several
@@ -119,7 +119,7 @@ def judge(
             "codec of clean": space.decode(space.encode(mixture.clean)),
             **{name: enhancer.enhance(noisy) for name, enhancer in enhancers.items()},
         }
-        masked = {masked_row(name): mask_noise(noisy, made[name], rate) for name in enhancers}
+        masked = {masked_row(name): mask_noise(noisy, made[CODED], made[name], rate) for name in enhancers}
         kinds = {ENHANCED: set(enhancers), MASKED: set(masked)}
         made |= masked
         for row, audio in made.items():

@@ -11,7 +11,7 @@ import torch
 from sampling.files import AudioWriter, check_writable, tell_figures
 from sampling.reconstruct import PIECE_SECONDS, Stopwatch
 from tokenizer.audio import audio_blocks
-from tokenizer.enhancer import load_enhancer
+from tokenizer.enhancer import Sounds, load_enhancer
 from tokenizer.errors import UserError
 from tokenizer.spectral_mask import SpectralMask
 
@@ -34,7 +34,7 @@ def run(
         output: WAV or FLAC, at the enhancer's rate, as long as the input.
         model: An enhancer's folder; there is none in the box.
         phase: "decoded": what the tokenizer decodes, as in DashengTokenizer's paper; "noisy": the recording itself,
-            masked where that is quieter (`tokenizer.spectral_mask`), which keeps the waveform.
+            masked where enhancement made it quieter (`tokenizer.spectral_mask`), which keeps the waveform.
         device: "cpu", "cuda", ...; None for CUDA where there is one.
         json_file: Where the figures go as JSON; None for nowhere.
 
@@ -56,17 +56,24 @@ def run(
     if json_file is not None:
         check_writable(Path(json_file))
     where, computing = next(enhancer.network.parameters()).device, Stopwatch()
-    stream, heard = enhancer.stream(), 0
+    stream, heard = enhancer.stream(decoded=phase == "noisy"), 0
     mask = SpectralMask(1, enhancer.sample_rate_hz, where) if phase == "noisy" else None
+
+    def masked(noisy: torch.Tensor, made: Sounds) -> torch.Tensor:
+        if mask is None:
+            return made.enhanced
+        assert made.decoded is not None
+        return computing(partial(mask.push, noisy, made.decoded, made.enhanced))
+
     with torch.inference_mode(), AudioWriter(Path(output), enhancer.sample_rate_hz) as writer:
         for block in audio_blocks(Path(input), enhancer.sample_rate_hz, block_s=PIECE_SECONDS):
             heard += block.shape[-1]
             noisy = block.unsqueeze(0).to(where)
-            made = computing(partial(stream.push, noisy))
-            writer.write(made if mask is None else computing(partial(mask.push, noisy, made)))
-        rest = computing(stream.flush)
+            writer.write(masked(noisy, computing(partial(stream.push, noisy))))
+        made = computing(stream.flush)
+        rest = masked(made.enhanced[..., :0], made)
         if mask is not None:
-            rest = torch.cat([computing(partial(mask.push, rest[..., :0], rest)), computing(mask.flush)], dim=-1)
+            rest = torch.cat([rest, computing(mask.flush)], dim=-1)
         writer.write(rest[..., : heard - writer.num_samples])  # the last frame reaches past the recording's end
     seconds = writer.num_samples / enhancer.sample_rate_hz
     figures: dict[str, Any] = {

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -193,9 +193,14 @@ class SpeechEnhancer:
         enhanced = self.space.decode(self.network.whole(self.space.encode(waveform)))
         return enhanced[..., : waveform.shape[-1]]
 
-    def stream(self, batch_size: int = 1) -> EnhancerStream:
-        """For `batch_size` recordings that arrive in pieces."""
-        return EnhancerStream(self, batch_size)
+    @torch.inference_mode()
+    def decoded(self, waveform: Float[Tensor, "B 1 S"]) -> Float[Tensor, "B 1 S"]:
+        """Recordings through the tokenizer and back, as they are; as many samples."""
+        return self.space.decode(self.space.encode(waveform))[..., : waveform.shape[-1]]
+
+    def stream(self, batch_size: int = 1, *, decoded: bool = False) -> EnhancerStream:
+        """For `batch_size` recordings that arrive in pieces; `decoded` also asks for them as they are."""
+        return EnhancerStream(self, batch_size, decoded)
 
     def save(self, folder: Path) -> None:
         """Write `config.json`, `model.safetensors` and a copy of the tokenizer.
@@ -215,29 +220,43 @@ class SpeechEnhancer:
         write_folder(folder, config, self.network.state_dict())
 
 
-class EnhancerStream:
-    """Takes audio in pieces of any size; its outputs, joined and cut to the input's length, equal `enhance`."""
+class Sounds(NamedTuple):
+    """What a recording became."""
 
-    def __init__(self, enhancer: SpeechEnhancer, batch_size: int) -> None:
+    enhanced: Float[Tensor, "B 1 S"]
+    decoded: Float[Tensor, "B 1 S"] | None
+    """The recording as it is, through the tokenizer and back; None where it was not asked for."""
+
+
+class EnhancerStream:
+    """Takes audio in pieces of any size; its outputs, joined and cut to the input's length, equal `enhance` and
+    `decoded`."""
+
+    def __init__(self, enhancer: SpeechEnhancer, batch_size: int, decoded: bool) -> None:
         self.enhancer = enhancer
+        self._plain = enhancer.space.streaming_decoder(batch_size) if decoded else None
         self._encoder = enhancer.tokenizer.streaming_encoder(batch_size)
         self._decoder = enhancer.space.streaming_decoder(batch_size)
         self._state: TransformerState | None = None
 
-    def push(self, waveform: Float[Tensor, "B 1 S"]) -> Float[Tensor, "B 1 S2"]:
+    def push(self, waveform: Float[Tensor, "B 1 S"]) -> Sounds:
         """The samples that became final."""
         return self._decode(self._encoder.push(waveform))
 
-    def flush(self) -> Float[Tensor, "B 1 S"]:
+    def flush(self) -> Sounds:
         """What remains, up to the end of the last frame."""
-        return torch.cat([self._decode(self._encoder.flush()), self._decoder.flush()], dim=-1)
+        enhanced, decoded = self._decode(self._encoder.flush())
+        if self._plain is not None and decoded is not None:
+            decoded = torch.cat([decoded, self._plain.flush()], dim=-1)
+        return Sounds(torch.cat([enhanced, self._decoder.flush()], dim=-1), decoded)
 
     @torch.inference_mode()
-    def _decode(self, frames: AudioFrames) -> Float[Tensor, "B 1 S"]:
+    def _decode(self, frames: AudioFrames) -> Sounds:
         embeddings = self.enhancer.space.of(frames)
+        decoded = None if self._plain is None else self._plain.push(embeddings)
         if embeddings.shape[1]:
             embeddings, self._state = self.enhancer.network(embeddings, self._state)
-        return self._decoder.push(embeddings)
+        return Sounds(self._decoder.push(embeddings), decoded)
 
 
 def load_enhancer(folder: str | Path, device: str | torch.device | None = "cpu") -> SpeechEnhancer:

@@ -88,13 +88,15 @@ def test_a_frame_sees_itself_and_the_past_alone(normalized: bool) -> None:
 def test_streaming_equals_offline(kind: str, pieces: list[int]) -> None:
     enhancer = enhancer_of(kind)
     waveform = audio(2, 2777)
-    stream, made = enhancer.stream(2), []
+    stream, made = enhancer.stream(2, decoded=True), []
     for piece in waveform.split([*pieces, 2777 - sum(pieces)] if sum(pieces) < 2777 else 2777, dim=-1):
         made.append(stream.push(piece))
     made.append(stream.flush())
-    found = torch.cat(made, dim=-1)
-    assert 2777 <= found.shape[-1] < 2777 + enhancer.tokenizer.hop_length
-    torch.testing.assert_close(found[..., :2777], enhancer.enhance(waveform), atol=1e-5, rtol=0)
+    enhanced, decoded = (torch.cat(list(part), dim=-1) for part in zip(*made, strict=True))
+    assert 2777 <= enhanced.shape[-1] < 2777 + enhancer.tokenizer.hop_length
+    torch.testing.assert_close(enhanced[..., :2777], enhancer.enhance(waveform), atol=1e-5, rtol=0)
+    torch.testing.assert_close(decoded[..., :2777], enhancer.decoded(waveform), atol=1e-5, rtol=0)
+    assert enhancer.stream(2).push(waveform).decoded is None
 
 
 def test_a_causal_tokenizer_stays_causal_through_to_the_sound() -> None:
