@@ -106,15 +106,15 @@ class Study:
 
 
 def runs_of(study: Study) -> list[Run]:
-    """The semantic encoder first, for others wait for it; then what needs it not."""
-    output, runs, waiting = Path(study.output), [], []
+    """The semantic encoder first, for others wait for it; then seed after seed."""
+    output, trained = Path(study.output), []
     for seed in range(study.seeds):
         for name, variant in study.variants.items():
             needs = (SEMANTIC,) if variant.task == "dasheng" and study.semantic is None else ()
-            run = Run(name=f"{name}/{seed}", folder=output / name / f"seed{seed}", needs=needs)
-            (waiting if needs else runs).append(run)
-    first = [Run(name=SEMANTIC, folder=output / SEMANTIC)] if waiting else []
-    return [*first, *runs, *(Run(name=name, folder=output / name) for name in (FLOOR, *study.given)), *waiting]
+            trained.append(Run(name=f"{name}/{seed}", folder=output / name / f"seed{seed}", needs=needs))
+    first = [Run(name=SEMANTIC, folder=output / SEMANTIC)] if any(run.needs for run in trained) else []
+    given = [Run(name=name, folder=output / name) for name in (FLOOR, *study.given)]
+    return [*first, *given, *trained]
 
 
 def settings_of(study: Study, run: Run) -> dict[str, Any]:
