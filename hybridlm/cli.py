@@ -59,7 +59,10 @@ TokenizerOption = Annotated[
     typer.Option(
         "--tokenizer",
         metavar="NAME_OR_DIR",
-        help="'box', 'encodec', 'hf:' and a codec's hub id or folder, or a tokenizer's or model's folder.",
+        help=(
+            "'box', 'encodec', 'hf:' and a codec's hub id or folder, or a tokenizer's or model's folder; "
+            "'log-mel:' before any adds mel slices as features."
+        ),
     ),
 ]
 DataOption = Annotated[
