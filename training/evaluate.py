@@ -30,11 +30,14 @@ from tokenizer.files import replacing
 from tokenizer.frames import AudioFrames
 from training.corpus import CachedClip, TokenCache, prepare
 from training.examples import GOES_ON, MAX_PIECES, clip_seed, make_prefix, with_latents
+from training.looseness import cell_mass
 from training.manifest import TagRule
 
 WINDOW_SECONDS = 30.0
 """Longest piece scored at once; the first half of every later window is context."""
 BATCH_FRAMES = 2000
+CELL_CLIPS, CELL_FRAMES = 16, 25
+"""Clips, and frames of each, from which it is estimated how loose a hybrid's bound is."""
 GROUP_LABEL = "set"
 """Label of a manifest by which figures are also given apart."""
 
@@ -58,6 +61,8 @@ class Evaluation:
     clips: list[ScoredClip]
     conditions: dict[str, Any]
     """What the figures rest on, beside the model and the data: windows, context, text, tags left out."""
+    cell_mass: tuple[float, ...] = ()
+    """Of a hybrid model: how tight its bound is (`training.looseness`), by the number of codebooks."""
 
 
 class _Window(NamedTuple):
@@ -150,7 +155,17 @@ def evaluate(found: Checkpoint, cache: TokenCache, *, with_text: bool = True) ->
             "with_text": with_text,
             "unknown_tags": unknown if with_text else [],
         },
+        cell_mass=_cell_mass(found, cache, window, with_text),
     )
+
+
+def _cell_mass(found: Checkpoint, cache: TokenCache, window: int, with_text: bool) -> tuple[float, ...]:
+    """Of some clips, evenly spread; nothing for a model that bounds nothing."""
+    if found.model.config.representation != "hybrid":
+        return ()
+    count = min(len(cache), CELL_CLIPS)
+    clips = [_noised(found, cache, index * len(cache) // count) for index in range(count)]
+    return cell_mass(found, clips, frames_a_clip=CELL_FRAMES, max_frames=window, with_text=with_text)
 
 
 @torch.inference_mode()
@@ -318,6 +333,15 @@ def _print(console: Console, result: Evaluation, model: str, data: str, split: s
             cells = [_interval(streams[s].nats_per_frame, 3) if s in streams else "-" for s in ("codes", "latents")]
             groups.add_row(name, str(group.num_clips), *cells, _interval(group.total.bits_per_second, 1))
         console.print(groups)
+    if result.cell_mass:
+        shares = ", ".join(f"{k}: {share:.2f}" for k, share in enumerate(result.cell_mass, start=1))
+        console.print(
+            f"latents drawn given the codes have the same first codes, by their number: {shares}; what is missing to 1 "
+            "makes codes + latents a looser bound on the latents' own likelihood",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
     if result.conditions["unknown_tags"]:
         tags = ", ".join(result.conditions["unknown_tags"])
         console.print(f"tags that the model does not know were left out: {tags}", markup=False, soft_wrap=True)

@@ -1,0 +1,58 @@
+"""How loose a hybrid model's bound is: what its density of latents, given the codes, puts outside the codes' cell.
+
+The bound -log p(codes) - log p(latents | codes) on the latents' negative log-likelihood is tight when the codes follow
+from the latents and p(latents | codes) is nothing where other codes would follow. So latents are drawn from it, and
+counted is how often their first k codes are those given, for every k.
+
+Shapes: N frames, K codebooks, D latent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from hybridlm.checkpoint import Checkpoint
+from tokenizer.frames import AudioFrames
+from training.corpus import CachedClip
+from training.examples import MAX_PIECES, clip_seed, make_prefix
+
+DRAWS = 4
+
+
+@torch.inference_mode()
+def cell_mass(
+    found: Checkpoint, clips: Sequence[CachedClip], *, frames_a_clip: int, max_frames: int, with_text: bool = True
+) -> tuple[float, ...]:
+    """Share of the drawn latents whose first 1 .. K codes are those given; it falls with k.
+
+    Args:
+        found: A hybrid model, its tokenizer and text.
+        clips: What it is told: codes, of the latents beside them.
+        frames_a_clip: At most so many frames of each, evenly spread.
+        max_frames: Of each clip its beginning, at most this much.
+        with_text: Whether the model is told text and tags.
+    """
+    model, device = found.model, next(found.model.parameters()).device
+    depth = model.config.output_codebooks
+    hits, count = torch.zeros(depth, dtype=torch.float64), 0
+    for clip in clips:
+        tags = [tag for tag in clip.tags if tag in found.text.tags] if with_text else []
+        prefix = make_prefix(found.text, [(clip.text if with_text else None, tags)], max_pieces=MAX_PIECES)
+        length = min(max_frames, len(clip.latents))
+        frames = AudioFrames(
+            codes=clip.codes[None, :, :length].to(device),
+            latents=clip.latents[None, :length].to(device),
+            lengths=torch.tensor([length], device=device),
+            features=None if clip.features is None else clip.features[None, :length].to(device),
+        )
+        h = model.states(prefix.ids.to(device), prefix.mask.to(device), frames)[0, :-1]  # (T, C)
+        chosen = torch.linspace(0, length - 1, min(frames_a_clip, length)).round().long().repeat(DRAWS).to(device)
+        given = frames.codes[0, :depth].T[chosen]  # (N, K)
+        generator = torch.Generator().manual_seed(clip_seed(clip.key))
+        drawn = model.latent_distribution(h[chosen], given).sample([generator] * len(chosen))
+        codes = found.tokenizer.quantize(drawn[:, None])[:, :depth, 0]  # (N, K)
+        hits += (codes == given).cummin(dim=1).values.double().sum(dim=0).cpu()
+        count += len(chosen)
+    return tuple((hits / count).tolist())
