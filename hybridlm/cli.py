@@ -266,11 +266,15 @@ def evaluate(
     model: ModelOption = "box",
     split: Annotated[str, typer.Option(help="Clips of this split, and those that name none.")] = "test",
     json_file: JsonOption = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw nats a frame by position in the clip and by codebook here, as a PNG."),
+    ] = None,
 ) -> None:
     """Measure a model's likelihood of recordings: nats a frame, bits per second of audio, 95 % intervals."""
     from training.evaluate import run
 
-    run(model, data, split, json_file)
+    run(model, data, split, json_file, picture=picture)
 
 
 @app.command()

@@ -32,6 +32,7 @@ from training.corpus import CachedClip, TokenCache, prepare
 from training.examples import GOES_ON, MAX_PIECES, clip_seed, make_prefix, with_latents
 from training.looseness import cell_mass
 from training.manifest import TagRule
+from training.positions import PositionNLL
 
 WINDOW_SECONDS = 30.0
 """Longest piece scored at once; the first half of every later window is context."""
@@ -84,6 +85,7 @@ def run(
     device: str | None = "cpu",
     rules: Sequence[TagRule] = (),
     with_text: bool = True,
+    picture: Path | None = None,
     console: Console | None = None,
 ) -> Evaluation:
     """Measure a model and print a table.
@@ -96,6 +98,7 @@ def run(
         device: Where to compute.
         rules: Tags and use of text by label, as in training; none: as the manifest has them.
         with_text: Whether the model is told text and tags.
+        picture: Where nats a frame by position in the clip and by codebook are drawn, as a PNG.
         console: Where the table goes; standard output by default.
 
     Raises:
@@ -105,10 +108,13 @@ def run(
     found = load_model(model, device)
     with tempfile.TemporaryDirectory(prefix="hybridlm-evaluate-") as scratch:
         cache = open_data(Path(data), found, Path(scratch), split=split, rules=rules)
-        result = evaluate(found, cache, with_text=with_text)
+        positions = PositionNLL(found.model.config.output_codebooks, found.model.config.frame_rate_hz)
+        result = evaluate(found, cache, with_text=with_text, positions=positions)
     _print(console, result, str(model), str(data), split)
     if json_file is not None:
         _write(Path(json_file), result, model=str(model), data=str(data), split=split)
+    if picture is not None:
+        positions.write_picture(Path(picture), f"{model} ({result.report.representation}) on {data}")
     return result
 
 
@@ -128,18 +134,21 @@ def open_data(
     return TokenCache(folder, tokenizer=found.tokenizer, split=split, rules=rules)
 
 
-def evaluate(found: Checkpoint, cache: TokenCache, *, with_text: bool = True) -> Evaluation:
+def evaluate(
+    found: Checkpoint, cache: TokenCache, *, with_text: bool = True, positions: PositionNLL | None = None
+) -> Evaluation:
     """Score every clip of a cache and sum up.
 
     Args:
         found: Model, tokenizer and text.
         cache: Frames of the model's tokenizer.
         with_text: Whether the model is told text and tags.
+        positions: Also counts every frame by its place in the clip.
     """
     config = found.model.config
     window = min(config.max_frames, max(2, round(WINDOW_SECONDS * config.frame_rate_hz)))
     unknown = sorted({tag for tag in cache.index.all_tags() if tag not in found.text.tags})
-    clips = list(score_clips(found, cache, window_frames=window, with_text=with_text))
+    clips = list(score_clips(found, cache, window_frames=window, with_text=with_text, positions=positions))
     by_set: dict[str, list[ClipNLL]] = {}
     for clip in clips:
         if GROUP_LABEL in clip.labels:
@@ -176,6 +185,7 @@ def score_clips(
     window_frames: int,
     with_text: bool = True,
     batch_frames: int = BATCH_FRAMES,
+    positions: PositionNLL | None = None,
 ) -> Iterator[ScoredClip]:
     """Likelihood of every clip, in the cache's order; what else is in a batch changes nothing.
 
@@ -186,6 +196,7 @@ def score_clips(
             context, and are not told the text, which is read from the clip's beginning.
         with_text: Whether the model is told text and tags.
         batch_frames: Frames a batch, padding counted; it bounds memory.
+        positions: Also counts every frame by its place in the clip.
     """
     pending: list[CachedClip] = []
     frames = 0
@@ -194,7 +205,7 @@ def score_clips(
         frames += len(pending[-1].latents)
         # Sorting windows by length within a few batches' worth of clips saves padding.
         if frames >= 10 * batch_frames or index == len(cache) - 1:
-            yield from _score(found, cache, pending, window_frames, with_text, batch_frames)
+            yield from _score(found, cache, pending, window_frames, with_text, batch_frames, positions)
             pending, frames = [], 0
 
 
@@ -218,12 +229,16 @@ def _score(
     window_frames: int,
     with_text: bool,
     batch_frames: int,
+    positions: PositionNLL | None,
 ) -> Iterator[ScoredClip]:
     windows = [window for number, clip in enumerate(clips) for window in _windows(number, clip, window_frames)]
     windows.sort(key=lambda window: window.stop - window.context)
     sums: dict[int, ClipNLL] = {}
     for batch in _batches(windows, batch_frames):
-        for window, nll in zip(batch, _score_batch(found, cache, clips, batch, with_text), strict=True):
+        scored = _score_batch(found, cache, clips, batch, with_text)
+        if positions is not None:
+            positions.add(scored, [window.context for window in batch])
+        for window, nll in zip(batch, clip_nlls(scored), strict=True):
             sums[window.clip] = sums[window.clip] + nll if window.clip in sums else nll
     for number, clip in enumerate(clips):
         yield ScoredClip(key=clip.key, labels=clip.labels, nll=sums[number])
@@ -253,7 +268,7 @@ def _batches(windows: Sequence[_Window], batch_frames: int) -> Iterator[list[_Wi
 
 def _score_batch(
     found: Checkpoint, cache: TokenCache, clips: Sequence[CachedClip], windows: Sequence[_Window], with_text: bool
-) -> list[ClipNLL]:
+) -> FrameNLL:
     device = next(found.model.parameters()).device
     parts, rows = [], []
     for window in windows:
@@ -281,7 +296,7 @@ def _score_batch(
         ),
         ended=torch.tensor([window.ended for window in windows], device=device),
     )
-    return clip_nlls(_without_context(nll, [window.start - window.context for window in windows]))
+    return _without_context(nll, [window.start - window.context for window in windows])
 
 
 def _without_context(nll: FrameNLL, context: Sequence[int]) -> FrameNLL:
