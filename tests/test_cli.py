@@ -31,7 +31,7 @@ CONTRACT = {
     "prepare": {"source", "--output", "--tokenizer", "--workers", "--audio", "--sample-rate", "--split"},
     "train": {"config", "overrides", "--resume"},
     "finetune": {"--model", "--data", "--output", "overrides"},
-    "evaluate": {"--model", "--data", "--split", "--json"},
+    "evaluate": {"--model", "--data", "--split", "--json", "--picture"},
     "probe": {
         *("--data", "--label", "--tokenizer", "--input", "--method", "--where", "--folds", "--leave-out", "--split"),
         *("--device", "--seed", "--json"),
