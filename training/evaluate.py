@@ -37,8 +37,9 @@ from training.positions import PositionNLL
 WINDOW_SECONDS = 30.0
 """Longest piece scored at once; the first half of every later window is context."""
 BATCH_FRAMES = 2000
-CELL_CLIPS, CELL_FRAMES = 16, 25
-"""Clips, and frames of each, from which it is estimated how loose a hybrid's bound is."""
+CELL_CLIPS, CELL_FRAMES, CELL_LENGTH = 16, 25, 100
+"""Clips, and frames of the first so many of each, from which it is estimated how loose a hybrid's bound is: few, for a
+model that reads walks through them one by one."""
 GROUP_LABEL = "set"
 """Label of a manifest by which figures are also given apart."""
 
@@ -174,7 +175,7 @@ def _cell_mass(found: Checkpoint, cache: TokenCache, window: int, with_text: boo
         return ()
     count = min(len(cache), CELL_CLIPS)
     clips = [_noised(found, cache, index * len(cache) // count) for index in range(count)]
-    return cell_mass(found, clips, frames_a_clip=CELL_FRAMES, max_frames=window, with_text=with_text)
+    return cell_mass(found, clips, frames_a_clip=CELL_FRAMES, max_frames=min(window, CELL_LENGTH), with_text=with_text)
 
 
 @torch.inference_mode()
