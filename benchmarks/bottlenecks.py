@@ -43,7 +43,7 @@ from benchmarks.bottleneck_scores import (
 )
 from benchmarks.bottlenecks_report import compare, markdown
 from benchmarks.representations_report import machine
-from benchmarks.study import Run, progress_of, read_result, run_study, training_settings
+from benchmarks.study import run_study
 from hybridlm.checkpoint import load_model
 from tokenizer.f3 import F3Tokenizer
 from training.config import OptimizerConfig
@@ -52,6 +52,7 @@ from training.evaluate import score_clips
 from training.manifest import TagRule
 from training.probe import write_json
 from training.run import train_mapping
+from training.runs import Run, progress_of, read_result, training_settings
 
 HERE = Path(__file__).resolve().parent
 

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.study import estimate, estimate_mean
 from hybridlm.likelihood import bits_per_second
 from tokenizer.errors import UserError
+from training.estimates import estimate, estimate_mean
 
 Figure = dict[str, Any]
 

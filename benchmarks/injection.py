@@ -27,7 +27,7 @@ from benchmarks.injection_report import report_of
 from benchmarks.probe_tables import FLOOR, ProbeClips, ProbeConfig, probed_by, read_tasks, tell
 from benchmarks.reconstruction import ReconstructionConfig, read_reconstruction, reconstruct
 from benchmarks.representations_report import machine
-from benchmarks.study import RESULT, Run, plain, progress_of, read_result, run_study, training_settings
+from benchmarks.study import run_study
 from hybridlm.checkpoint import load_codec
 from tokenizer.frames import Tokenizer
 from training.config import OptimizerConfig
@@ -36,6 +36,7 @@ from training.manifest import apply_rules, read_manifest
 from training.masked_spectrogram import MaskedSpectrogramConfig
 from training.probe import write_json
 from training.run import train_mapping
+from training.runs import RESULT, Run, plain, progress_of, read_result, training_settings
 from training.segments import PcmCache
 from training.tokenizer_data import TokenizerDataConfig
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.probe_tables import FLOOR, MEAN, ProbeConfig, Results, compare, header, row, tables
 from benchmarks.reconstruction import FIGURES, TITLES, Heard, ReconstructionConfig, values_of
-from benchmarks.study import estimate_mean
+from training.estimates import estimate_mean
 
 
 def report_of(

@@ -18,13 +18,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from benchmarks.study import RESULT, Run, bounds, drawn_ratios, plain, read_result
 from tokenizer.errors import UserError
 from training.classifiers import METHODS, Method
 from training.embeddings import FrameSource, embed
+from training.estimates import bounds, drawn_ratios
 from training.manifest import read_manifest
 from training.partitions import ProbeTask, make_plan, select
 from training.probe import conditions, score, write_json
+from training.runs import RESULT, Run, plain, read_result
 
 FLOOR = "log-mel"
 MEAN = "mean of tasks"

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from benchmarks.codec_quality import choose
-from benchmarks.study import RESULT, plain, read_result
 from tokenizer.audio import read_audio
 from tokenizer.dasheng import DashengTokenizer
 from tokenizer.frames import AudioFrames, Tokenizer
 from tokenizer.metrics import compare_audio
 from training.probe import write_json
+from training.runs import RESULT, plain, read_result
 
 FIGURES = {"stoi": 3, "pesq_wb": 2, "mel_distance": 3, "si_sdr_db": 1}
 """Fields of `AudioDistance` that are reported, with digits."""

@@ -26,15 +26,7 @@ import torch
 
 from benchmarks.audio_alone import Beginnings, empty_text
 from benchmarks.representations_report import compare, machine, markdown
-from benchmarks.study import (
-    RESULT,
-    Run,
-    plain,
-    progress_of,
-    read_result,
-    run_study,
-    training_settings,
-)
+from benchmarks.study import run_study
 from hybridlm.checkpoint import load_model
 from hybridlm.config import ModelConfig
 from hybridlm.model import HybridLM
@@ -46,6 +38,7 @@ from training.evaluate import score_clips
 from training.manifest import TagRule
 from training.probe import write_json
 from training.run import train_mapping
+from training.runs import RESULT, Run, plain, progress_of, read_result, training_settings
 
 HERE = Path(__file__).resolve().parent
 TOLERANCE = 0.05

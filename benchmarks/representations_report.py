@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.study import RESAMPLES, bounds, drawn_ratios
 from hybridlm.likelihood import ClipNLL, bits_per_second, bootstrap_ratio
 from tokenizer.errors import UserError
+from training.estimates import RESAMPLES, bounds, drawn_ratios
 from training.loop import autocast_dtype
 
 

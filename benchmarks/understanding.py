@@ -39,15 +39,7 @@ from benchmarks.probe_tables import (
     tell,
 )
 from benchmarks.representations_report import machine
-from benchmarks.study import (
-    RESULT,
-    Run,
-    plain,
-    progress_of,
-    read_result,
-    run_study,
-    training_settings,
-)
+from benchmarks.study import run_study
 from hybridlm.checkpoint import load_codec
 from tokenizer.errors import UserError
 from tokenizer.f3 import F3Tokenizer
@@ -59,6 +51,7 @@ from training.embeddings import LogMel
 from training.probe import write_json
 from training.representation_task import RepresentationLossConfig, drawn_latents
 from training.run import train_mapping
+from training.runs import RESULT, Run, plain, progress_of, read_result, training_settings
 from training.text_task import TextTaskConfig
 from training.token_data import TokenDataConfig
 

@@ -28,15 +28,17 @@ from benchmarks.audio_alone import Beginnings, empty_text
 from benchmarks.probe_tables import header, row
 from benchmarks.representations import DomainConfig
 from benchmarks.representations_report import Scores, machine
-from benchmarks.study import RESULT, Run, estimate, plain, progress_of, read_result, run_study, training_settings
+from benchmarks.study import run_study
 from hybridlm.checkpoint import load_model
 from tokenizer.errors import UserError
 from training.config import OptimizerConfig
 from training.corpus import TokenCache
+from training.estimates import estimate
 from training.evaluate import score_clips
 from training.examples import clip_seed
 from training.probe import write_json
 from training.run import train_mapping
+from training.runs import RESULT, Run, plain, progress_of, read_result, training_settings
 from training.shards import ShardWriter, Stream
 
 HERE = Path(__file__).resolve().parent

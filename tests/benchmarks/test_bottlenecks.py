@@ -14,7 +14,6 @@ import yaml
 from rich.console import Console
 
 from benchmarks import bottlenecks
-from benchmarks import study as studies
 from benchmarks.bottleneck_scores import (
     Part,
     judged_parts,
@@ -30,6 +29,7 @@ from tokenizer.errors import UserError
 from tokenizer.f3 import F3Tokenizer
 from tokenizer.f3_network import F3Config
 from tokenizer.settings import from_mapping
+from training import estimates
 from training.config import read_yaml
 from training.corpus import PcmCache, TokenCache, prepare_audio
 from training.tokenizer_task import TokenizerTaskConfig
@@ -51,7 +51,7 @@ def audio(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(studies, "RESAMPLES", 50)
+    monkeypatch.setattr(estimates, "RESAMPLES", 50)
 
 
 def study(audio: Path, output: Path) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import torch
 import yaml
 
 from benchmarks import injection
-from benchmarks import study as studies
 from benchmarks.injection_report import reconstruction_rows
 from benchmarks.reconstruction import FIGURES
 from tests.support.recorded_parts import write_parts
@@ -19,6 +18,7 @@ from tests.support.tiny_audio_model import tiny_tokenizer
 from tokenizer.dasheng import DashengTokenizer
 from tokenizer.loading import load_tokenizer
 from tokenizer.settings import from_mapping
+from training import estimates
 from training.config import read_yaml
 from training.dasheng_task import DashengTaskConfig
 from training.tokenizer_task import TokenizerTaskConfig
@@ -30,7 +30,7 @@ NO_ADVERSARY = {"adversarial_weight": 0, "feature_matching_weight": 0}
 
 @pytest.fixture(autouse=True)
 def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(studies, "RESAMPLES", 100)
+    monkeypatch.setattr(estimates, "RESAMPLES", 100)
 
 
 @pytest.fixture

@@ -8,18 +8,18 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import study
 from benchmarks.probe_tables import MEAN, ProbeClips, ProbeConfig, compare, read_tasks, tables
 from tests.support.recorded_parts import write_parts
 from tokenizer.errors import UserError
 from tokenizer.settings import from_mapping
+from training import estimates
 
 KIND = {"label": "kind", "where": ["set=parts", "split=test"], "folds": "fold"}
 
 
 @pytest.fixture(autouse=True)
 def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(study, "RESAMPLES", 200)
+    monkeypatch.setattr(estimates, "RESAMPLES", 200)
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ import pytest
 import yaml
 
 from benchmarks import representations, representations_report
-from benchmarks import study as studies
 from benchmarks.representations_report import compare, markdown
 from tests.support.toy_corpus import TINY_MODEL, write_cache
 from tokenizer.errors import UserError
+from training import estimates
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (representations_report, studies):
+    for module in (representations_report, estimates):
         monkeypatch.setattr(module, "RESAMPLES", 100)
 
 

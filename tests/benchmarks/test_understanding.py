@@ -11,11 +11,11 @@ import pytest
 import yaml
 from rich.console import Console
 
-from benchmarks import study as studies
 from benchmarks import understanding
 from tests.support.recorded_parts import write_parts
 from tests.support.tiny_audio_model import SENTENCES, tiny_tokenizer
 from tokenizer.settings import from_mapping
+from training import estimates
 from training.config import read_yaml
 from training.prepare import prepare
 
@@ -24,7 +24,7 @@ TINY = {"hidden_dim": 16, "num_layers": 1, "num_heads": 2, "ffn_dim": 24, "vocab
 
 @pytest.fixture(autouse=True)
 def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(studies, "RESAMPLES", 100)
+    monkeypatch.setattr(estimates, "RESAMPLES", 100)
 
 
 @pytest.fixture(scope="module")

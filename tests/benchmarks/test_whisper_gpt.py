@@ -13,10 +13,10 @@ import torch
 import yaml
 from rich.console import Console
 
-from benchmarks import study as studies
 from benchmarks import whisper_gpt
 from tests.support.toy_corpus import TINY_MODEL, write_cache
 from tokenizer.settings import from_mapping
+from training import estimates
 from training.config import read_yaml
 from training.corpus import TokenCache
 from training.prepare import prepare
@@ -26,7 +26,7 @@ SLICES = {"continuous_input": "features", "fusion": "concat", "slice_layers": 1,
 
 @pytest.fixture(autouse=True)
 def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(studies, "RESAMPLES", 100)
+    monkeypatch.setattr(estimates, "RESAMPLES", 100)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Runs of a study: in order of need, finished ones kept, failures told; and its bootstrap, against a plain loop."""
+"""Runs of a study: in order of need, finished ones kept, failures told."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
-from benchmarks import study
-from benchmarks.study import Run, bounds, drawn_ratios, estimate_mean, read_result, run_missing
 from tokenizer.errors import UserError
+from training.runs import INTERRUPTED, Run, read_result, run_missing
 
 
 def runs(folder: Path) -> list[Run]:
@@ -28,8 +26,7 @@ def test_what_others_need_is_made_first(tmp_path: Path) -> None:
     run_missing(
         runs(tmp_path),
         lambda run: made.append(run.name) is None,
-        module="no.such.module",
-        arguments=[],
+        command=["no.such.module"],
         processes=1,
         is_done=lambda run: run.name == "done",
         when_done=lambda run: told.append(run.name),
@@ -39,7 +36,7 @@ def test_what_others_need_is_made_first(tmp_path: Path) -> None:
 
 def test_an_interrupted_run_stops_the_study(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        run_missing(runs(tmp_path), lambda run: False, module="", arguments=[], processes=1, is_done=lambda run: False)
+        run_missing(runs(tmp_path), lambda run: False, command=[], processes=1, is_done=lambda run: False)
 
 
 def test_processes_wait_for_what_they_need_and_a_failure_is_told(
@@ -60,8 +57,7 @@ def test_processes_wait_for_what_they_need_and_a_failure_is_told(
         run_missing(
             wanted,
             lambda run: pytest.fail("must run in a process of its own"),
-            module="makes_runs",
-            arguments=[str(tmp_path / "flag")],
+            command=["makes_runs", str(tmp_path / "flag")],
             processes=2,
             is_done=lambda run: False,
         )
@@ -69,11 +65,11 @@ def test_processes_wait_for_what_they_need_and_a_failure_is_told(
 
 
 def test_a_process_that_was_interrupted_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "stops.py").write_text(f"import sys; sys.exit({study.INTERRUPTED})\n")
+    (tmp_path / "stops.py").write_text(f"import sys; sys.exit({INTERRUPTED})\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     wanted = [Run(name="a", folder=tmp_path / "a")]
     with pytest.raises(KeyboardInterrupt):
-        run_missing(wanted, lambda run: True, module="stops", arguments=[], processes=2, is_done=lambda run: False)
+        run_missing(wanted, lambda run: True, command=["stops"], processes=2, is_done=lambda run: False)
 
 
 def test_a_result_of_other_settings_is_refused(tmp_path: Path) -> None:
@@ -86,27 +82,3 @@ def test_a_result_of_other_settings_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"other settings \(task\)"):
         read_result(tmp_path, {"task": "digit"})
     assert read_result(tmp_path, {"task": "digit"}, "other.json") is None
-
-
-def test_the_bootstrap_draws_seeds_and_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(study, "RESAMPLES", 50)
-    values, sizes = torch.rand(3, 7, dtype=torch.float64), torch.arange(1.0, 8.0, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
-    seeds = torch.randint(3, (50, 3), generator=generator)
-    units = torch.randint(7, (50, 7), generator=generator)
-    expected = [
-        sum(float(values[s, u]) for s in some for u in drawn) / 3 / float(sizes[drawn].sum())
-        for some, drawn in zip(seeds, units, strict=True)
-    ]
-    assert drawn_ratios(values, sizes).tolist() == pytest.approx(expected)
-
-
-def test_a_mean_leaves_out_clips_without_a_figure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(study, "RESAMPLES", 50)
-    nan = float("nan")
-    values = torch.tensor([[1.0, nan, 3.0, 7.0], [2.0, 5.0, 4.0, nan]], dtype=torch.float64)
-    found = estimate_mean(values)
-    assert found is not None and found["clips"] == 2
-    assert found["value"] == 2.5 and found["per_seed"] == [2.0, 3.0]
-    assert found["interval"] == bounds(drawn_ratios(values[:, [0, 2]], torch.ones(2, dtype=torch.float64)))
-    assert estimate_mean(values[:, [1, 3]]) is None
