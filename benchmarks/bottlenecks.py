@@ -32,7 +32,6 @@ from typing import Any, Literal
 
 import torch
 
-from benchmarks.audio_alone import empty_text
 from benchmarks.bottleneck_scores import (
     judged_parts,
     noise_distances,
@@ -42,13 +41,14 @@ from benchmarks.bottleneck_scores import (
     write_frames,
 )
 from benchmarks.bottlenecks_report import compare, markdown
-from benchmarks.representations_report import machine
 from benchmarks.study import run_study
 from hybridlm.checkpoint import load_model
 from tokenizer.f3 import F3Tokenizer
+from training.audio_alone import empty_text
 from training.config import OptimizerConfig
 from training.corpus import PcmCache
 from training.evaluate import score_clips
+from training.machine import machine
 from training.manifest import TagRule
 from training.probe import write_json
 from training.run import train_mapping

@@ -41,7 +41,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from benchmarks.codec_quality import choose, finite
-from benchmarks.representations_report import machine
 from tokenizer.audio import read_audio
 from tokenizer.enhancer import SpeechEnhancer, load_enhancer
 from tokenizer.errors import UserError
@@ -50,6 +49,7 @@ from tokenizer.metrics import Interval, bootstrap_interval, compare_audio
 from tokenizer.spectral_mask import mask_noise
 from training.examples import clip_seed
 from training.index import VALIDATION, split_clips
+from training.machine import machine
 from training.manifest import Clip, TagRule, apply_rules, read_manifest
 from training.noisy_speech import NoiseConfig, mix_at_snr
 from training.probe import write_json

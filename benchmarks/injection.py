@@ -26,12 +26,12 @@ from torch import nn
 from benchmarks.injection_report import report_of
 from benchmarks.probe_tables import FLOOR, ProbeClips, ProbeConfig, probed_by, read_tasks, tell
 from benchmarks.reconstruction import ReconstructionConfig, read_reconstruction, reconstruct
-from benchmarks.representations_report import machine
 from benchmarks.study import run_study
 from hybridlm.checkpoint import load_codec
 from tokenizer.frames import Tokenizer
 from training.config import OptimizerConfig
 from training.embeddings import LogMel, TokenizerFrames, default_input
+from training.machine import machine
 from training.manifest import apply_rules, read_manifest
 from training.masked_spectrogram import MaskedSpectrogramConfig
 from training.probe import write_json

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 
 from benchmarks.probe_tables import check_tasks
-from benchmarks.representations_report import machine
 from hybridlm.checkpoint import load_codec
 from tokenizer.errors import UserError
 from tokenizer.files import replacing
@@ -29,6 +28,7 @@ from tokenizer.settings import from_mapping
 from training.classifiers import METHODS, Method
 from training.config import apply_overrides, read_yaml
 from training.embeddings import FrameSource, TokenizerFrames, default_input
+from training.machine import machine
 from training.manifest import read_manifest
 from training.partitions import ProbeTask
 from training.probe import COLUMNS, ProbeReport, cells, conditions, probe, write_json

@@ -38,7 +38,6 @@ from benchmarks.probe_tables import (
     tables,
     tell,
 )
-from benchmarks.representations_report import machine
 from benchmarks.study import run_study
 from hybridlm.checkpoint import load_codec
 from tokenizer.errors import UserError
@@ -48,6 +47,7 @@ from tokenizer.settings import from_mapping
 from training.config import OptimizerConfig
 from training.corpus import TokenCache, Window
 from training.embeddings import LogMel
+from training.machine import machine
 from training.probe import write_json
 from training.representation_task import RepresentationLossConfig, drawn_latents
 from training.run import train_mapping

@@ -278,6 +278,26 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="configs/compare.yaml, or your own.")],
+    overrides: Overrides = None,
+    seeds: Annotated[int | None, typer.Option(metavar="N", min=1, help="In place of the recipe's.")] = None,
+    output: Annotated[Path | None, typer.Option(metavar="DIR", help="Where runs and report go.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(metavar="STEM", help="The report elsewhere: STEM.md, STEM.json and STEM.png.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(metavar="N", min=1, help="Runs at a time.")] = 1,
+    one: Annotated[
+        str | None, typer.Option(metavar="DOMAIN/VARIANT/SEED", help="Make only this run, and no report.")
+    ] = None,
+) -> None:
+    """Train variants on the same data and compare their likelihoods: a table, a figure, paired differences."""
+    from training.compare import run
+
+    raise typer.Exit(run(recipe, overrides or [], seeds=seeds, output=output, report=report, jobs=jobs, one=one))
+
+
+@app.command()
 def probe(
     data: DataOption,
     label: Annotated[str, typer.Option(metavar="KEY", help="The manifest's label to tell, such as emotion.")],

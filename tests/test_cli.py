@@ -32,6 +32,7 @@ CONTRACT = {
     "train": {"config", "overrides", "--resume"},
     "finetune": {"--model", "--data", "--output", "overrides"},
     "evaluate": {"--model", "--data", "--split", "--json", "--picture"},
+    "compare": {"recipe", "overrides", "--seeds", "--output", "--report", "--jobs", "--one"},
     "probe": {
         *("--data", "--label", "--tokenizer", "--input", "--method", "--where", "--folds", "--leave-out", "--split"),
         *("--device", "--seed", "--json"),

@@ -5,12 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
+from hybridlm.config import ModelConfig
+from hybridlm.model import HybridLM
 from tokenizer.errors import UserError
+from tokenizer.settings import from_mapping
 from training.config import SECTIONS, apply_overrides, read_yaml, resolve
+from training.recipe import Recipe
 from training.run import task_parts
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
+ROOT = Path(__file__).parent.parent
+SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
+CONFIGS = [path for path in SHIPPED if "task" in read_yaml(path)]
+RECIPES = [
+    path
+    for path in [*SHIPPED, *sorted((ROOT / "benchmarks").glob("*.yaml"))]
+    if {"variants", "domains"} <= read_yaml(path).keys()
+]
 
 
 def test_there_are_configs_of_all_tasks() -> None:
@@ -30,3 +42,28 @@ def test_a_wrong_key_is_told_with_the_nearest_one(path: Path) -> None:
     mapping = apply_overrides(read_yaml(path), ["max_step=1"])
     with pytest.raises(UserError, match="unknown key 'max_step'; did you mean 'max_steps'"):
         resolve(mapping, task_parts(mapping["task"])[0], where=str(path))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_shipped_recipe_compares_models_that_can_be_made(path: Path) -> None:
+    """Of a codec like the one in the box, with features."""
+    recipe = from_mapping(Recipe, read_yaml(path), where=str(path))
+    for variant in recipe.variants:
+        settings = {**recipe.model_of(variant), "vocab_size": 8, "feature_dim": 80}
+        with torch.device("meta"):
+            HybridLM(from_mapping(ModelConfig, settings, where=f"variants.{variant}"))
+    with pytest.raises(UserError, match="unknown key 'step'; did you mean 'steps'"):
+        from_mapping(Recipe, {**read_yaml(path), "step": 1}, where=str(path))
+
+
+def test_sizes_of_the_representations_agree() -> None:
+    recipe = from_mapping(Recipe, read_yaml(ROOT / "benchmarks" / "representations.yaml"))
+    counts: dict[str, list[int]] = {}
+    for variant in recipe.variants:
+        with torch.device("meta"):
+            model = HybridLM(from_mapping(ModelConfig, {**recipe.model_of(variant), "vocab_size": 8}))
+        counts.setdefault(variant.split()[1].strip(","), []).append(model.num_parameters())
+    assert list(counts) == ["2M", "8M", "30M"]
+    for size, found in counts.items():
+        assert max(found) < 1.01 * min(found)
+        assert found[0] == pytest.approx(float(size[:-1]) * 1e6, rel=0.1)

@@ -174,7 +174,7 @@ def _cell_mass(found: Checkpoint, cache: TokenCache, window: int, with_text: boo
     if found.model.config.representation != "hybrid":
         return ()
     count = min(len(cache), CELL_CLIPS)
-    clips = [_noised(found, cache, index * len(cache) // count) for index in range(count)]
+    clips = [noised(found, cache, index * len(cache) // count) for index in range(count)]
     return cell_mass(found, clips, frames_a_clip=CELL_FRAMES, max_frames=min(window, CELL_LENGTH), with_text=with_text)
 
 
@@ -202,7 +202,7 @@ def score_clips(
     pending: list[CachedClip] = []
     frames = 0
     for index in range(len(cache)):
-        pending.append(_noised(found, cache, index))
+        pending.append(noised(found, cache, index))
         frames += len(pending[-1].latents)
         # Sorting windows by length within a few batches' worth of clips saves padding.
         if frames >= 10 * batch_frames or index == len(cache) - 1:
@@ -210,7 +210,7 @@ def score_clips(
             pending, frames = [], 0
 
 
-def _noised(found: Checkpoint, cache: TokenCache, index: int) -> CachedClip:
+def noised(found: Checkpoint, cache: TokenCache, index: int) -> CachedClip:
     """A clip with noised latents and their codes; found clip by clip, for in a batch a tie could fall otherwise."""
     clip = cache[index]
     device = next(found.model.parameters()).device

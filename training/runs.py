@@ -145,16 +145,18 @@ def training_settings(
     precision: str,
     ema_decay: float,
     validate_every: int,
+    device: str = "cpu",
+    threads: int = 1,
 ) -> dict[str, Any]:
-    """Settings of a training run of one thread on the CPU; `section` is the task's own part."""
+    """Settings of a training run, by default of one thread on the CPU; `section` is the task's own part."""
     return {
         "task": task,
         "output": str(folder),
         "seed": seed,
         "max_steps": steps,
-        "device": "cpu",
+        "device": device,
         "precision": precision,
-        "threads": 1,
+        "threads": threads,
         "ema_decay": ema_decay,
         "optimizer": plain(asdict(optimizer)),
         "validate_every": validate_every,
