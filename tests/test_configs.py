@@ -56,8 +56,8 @@ def test_a_shipped_recipe_compares_models_that_can_be_made(path: Path) -> None:
         from_mapping(Recipe, {**read_yaml(path), "step": 1}, where=str(path))
 
 
-def test_sizes_of_the_representations_agree() -> None:
-    recipe = from_mapping(Recipe, read_yaml(ROOT / "benchmarks" / "representations.yaml"))
+def test_models_of_a_size_agree() -> None:
+    recipe = from_mapping(Recipe, read_yaml(ROOT / "benchmarks" / "sizes.yaml"))
     counts: dict[str, list[int]] = {}
     for variant in recipe.variants:
         with torch.device("meta"):
