@@ -121,6 +121,12 @@ def generate(
     num_samples: Annotated[int, typer.Option(help="How many.")] = 1,
     seed: Annotated[int | None, typer.Option(help="Same seed, same audio; drawn and printed if not given.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Below 1: safer; above: wilder.")] = None,
+    latent_temperature: Annotated[
+        float | None, typer.Option(help="Of the latents alone: it multiplies their variance.")
+    ] = None,
+    latent_steps: Annotated[
+        int | None, typer.Option(metavar="N", help="Draw latents by the model's flow head in N steps.")
+    ] = None,
     top_k: Annotated[int | None, typer.Option(help="Draw codes from the k likeliest.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw codes from the likeliest that add up to p.")] = None,
     cfg: Annotated[float | None, typer.Option(help="Strength of classifier-free guidance; 3 with a text.")] = None,
@@ -142,6 +148,8 @@ def generate(
         num_samples=num_samples,
         seed=seed,
         temperature=temperature,
+        latent_temperature=latent_temperature,
+        latent_steps=latent_steps,
         top_k=top_k,
         top_p=top_p,
         cfg=cfg,

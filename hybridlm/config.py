@@ -16,11 +16,11 @@ POSITIVE = (
     *("num_heads", "num_kv_heads", "ffn_dim", "rope_theta", "code_embedding_dim", "depth_dim", "depth_ffn_dim"),
     *("num_mixtures", "latent_head_dim", "latent_head_ffn_dim", "scale_floor", "short_context_dim", "max_frames"),
     *("reader_heads", "reader_head_dim", "reader_pace", "slice_dim", "slice_heads", "slice_ffn_dim"),
-    "slice_window_frames",
+    *("slice_window_frames", "flow_dim", "flow_draws"),
 )
 NOT_NEGATIVE = (
     *("feature_dim", "depth_layers", "latent_head_layers", "sigma", "short_context_frames", "alignment_heads"),
-    *("alignment_layer", "first_text_id", "slice_layers"),
+    *("alignment_layer", "first_text_id", "slice_layers", "flow_layers", "flow_distill"),
 )
 
 
@@ -84,6 +84,13 @@ class ModelConfig:
     latent_head_ffn_dim: int = 512
     scale_floor: float = 0.02
     """Smallest standard deviation of a mixture component, in the latent's own unit; published with every likelihood."""
+    flow_layers: int = 0
+    """Layers of the second latent head, a flow, which draws but knows no likelihood (`hybridlm.flow_head`). 0: none."""
+    flow_dim: int = 256
+    flow_draws: int = 4
+    """Draws of noise and time a frame, in training."""
+    flow_distill: float = 0.0
+    """Weight of self-distillation beside flow matching, in training; above 0, one step goes from noise to latent."""
     sigma: float = 0.1
     """Standard deviation of the noise on scored latents; published with every likelihood."""
 
@@ -174,6 +181,11 @@ class ModelConfig:
             check_heads(self.slice_dim, self.slice_heads, "slice_dim", "slice_heads")
             if self.continuous == "none":
                 raise ValueError(f"slice_layers={self.slice_layers} needs a continuous input; set continuous_input")
+        if self.flow_layers and not self.predicts_latents:
+            raise ValueError(
+                f"flow_layers={self.flow_layers}: representation={self.representation} predicts no latents for a flow; "
+                "use hybrid or continuous"
+            )
         if self.continuous == "features" and not self.feature_dim:
             raise ValueError("continuous_input=features needs feature_dim > 0; choose a tokenizer with features")
         if self.representation == "continuous" and self.continuous == "none":

@@ -56,7 +56,7 @@ def lagrangian_loss(
     the map learns from the diagonal and not the diagonal from the map.
     """
     x = between(x0, x1, s)
-    moved, speed = torch.func.jvp(lambda time: flow_map(velocity, x, s, time), (t,), (torch.ones_like(t),))
+    moved, speed, *_ = torch.func.jvp(lambda time: flow_map(velocity, x, s, time), (t,), (torch.ones_like(t),))
     with torch.no_grad():
         target = velocity(moved, t, t)
     return (speed - target).square().mean(dim=-1)

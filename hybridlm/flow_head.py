@@ -64,7 +64,7 @@ class FlowHead(nn.Module):
         object.__setattr__(self, "embedding", embedding)
         object.__setattr__(self, "statistics", statistics)
         dim, latent = config.flow_dim, config.latent_dim
-        self.latent_dim, self.num_draws = latent, config.flow_draws
+        self.latent_dim, self.num_draws, self.distill = latent, config.flow_draws, config.flow_distill
         self.state = nn.Linear(config.hidden_dim, dim)
         self.codes = nn.Linear(config.code_embedding_dim, dim) if embedding is not None else None
         self.start_time, self.end_time = TimeEmbedding(dim), TimeEmbedding(dim)
@@ -105,10 +105,9 @@ class FlowHead(nn.Module):
         codes: Int[Tensor, "N K"] | None,
         latents: Float[Tensor, "N D"],
         generator: torch.Generator | None,
-        *,
-        distill: float = 0.0,
     ) -> Float[Tensor, " N"]:
-        """Flow matching on `flow_draws` draws of noise and time a frame, and `distill` times self-distillation on one.
+        """Flow matching on `flow_draws` draws of noise and time a frame, and `flow_distill` times self-distillation on
+        one.
 
         Computed in float32, for derivatives of the map by time do not bear less.
 
@@ -117,7 +116,6 @@ class FlowHead(nn.Module):
             codes: The true codes, or None for a continuous model.
             latents: The true latents.
             generator: For noise and times.
-            distill: Weight of the distillation; 0 leaves it out.
         """
         where = generator.device if generator is not None else h.device
         rows = len(h)
@@ -140,12 +138,12 @@ class FlowHead(nn.Module):
                 uniform(self.num_draws),
             )
             loss = matching.view(self.num_draws, rows).mean(dim=0)
-            if distill > 0:
+            if self.distill > 0:
                 s, t = torch.stack([uniform(1), uniform(1)]).sort(dim=0).values
                 # The map is learned for the condition as it is: it shall not bend the states to its own ease.
                 fixed = condition.detach()
                 lagrangian = lagrangian_loss(lambda x, s, t: self.velocity(x, s, t, fixed), noise(1), x1, s, t)
-                loss = loss + distill * lagrangian
+                loss = loss + self.distill * lagrangian
         return loss
 
     def sample(
@@ -156,18 +154,17 @@ class FlowHead(nn.Module):
         *,
         num_steps: int = 1,
         temperature: float = 1.0,
-        solver: str = "map",
     ) -> Float[Tensor, "N D"]:
-        """Draw latents.
+        """Draw latents: by the distilled map; without distillation, by midpoint steps, or a single step of Euler's.
 
         Args:
             h: States.
             codes: The drawn codes, or None for a continuous model.
             generators: One per row: rows are independent of the batch.
-            num_steps: Steps from noise to latent.
+            num_steps: Steps from noise to latent, at least 1; a midpoint step costs two evaluations.
             temperature: Multiplies the variance of the noise (CALM: its standard deviation is sqrt(temperature)).
-            solver: See `integrate`.
         """
+        solver = "map" if self.distill > 0 else "midpoint" if num_steps > 1 else "euler"
         drawn = [torch.randn(self.latent_dim, generator=g, device=g.device) for g in generators]
         x0 = math.sqrt(temperature) * torch.stack(drawn).to(h.device)
         condition = self.condition(h, codes)

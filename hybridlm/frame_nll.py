@@ -30,6 +30,9 @@ class FrameNLL:
     alignment: Float[Tensor, " B"] | None = None
     """Guided attention loss (`alignment_loss`) or, with a reader, `place_loss` of each row, if it was asked for."""
 
+    flow: Float[Tensor, "B T"] | None = None
+    """Loss of the flow head, if it was asked for: no likelihood, and in no total."""
+
     def total(self) -> Float[Tensor, " B"]:
         """-log p of all that was scored, per row."""
         return self.codes.sum(dim=(1, 2)) + self.latents.sum(dim=1) + self.stop.sum(dim=1)

@@ -23,6 +23,7 @@ from hybridlm.alignment import alignment_loss
 from hybridlm.code_head import CodeHead
 from hybridlm.config import ModelConfig
 from hybridlm.decoder import INIT_STD, Decoder, KeyValueCache, TextKeys
+from hybridlm.flow_head import FlowHead
 from hybridlm.frame_nll import FrameNLL
 from hybridlm.fusion import CodeEmbedding, FrameFusion, FrameStatistics, ShortContext, history_noise
 from hybridlm.latent_head import GaussianMixture, LatentHead
@@ -72,6 +73,7 @@ class HybridLM(nn.Module):
         self.short_context = ShortContext(config) if config.has_short_context else None
         self.code_head = CodeHead(config, self.code_embedding) if self.code_embedding is not None else None
         self.latent_head = LatentHead(config, self.code_embedding, self.statistics) if config.predicts_latents else None
+        self.flow_head = FlowHead(config, self.code_embedding, self.statistics) if config.flow_layers else None
         self.stop = nn.Linear(config.hidden_dim, 1)
         nn.init.normal_(self.stop.weight, std=INIT_STD)
         # Audio stops once in some hundred frames.
@@ -125,6 +127,7 @@ class HybridLM(nn.Module):
         text_mask: Bool[Tensor, "B P"] | None = None,
         aligned: Bool[Tensor, " B"] | None = None,
         guide: Guide | None = None,
+        with_flow: bool = False,
     ) -> FrameNLL:
         """Score audio, frame by frame.
 
@@ -138,6 +141,7 @@ class HybridLM(nn.Module):
             text_mask: Prefix columns that are pieces of the spoken text; asks for the alignment loss.
             aligned: Rows that are complete utterances of their text; None: all.
             guide: Where the text is spoken, for a model with a reader in training.
+            with_flow: Also take the flow head's loss, which is no likelihood, on the frames that are scored.
         """
         if text_mask is not None:
             if self.config.alignment_heads == 0 and self.reader is None:
@@ -170,6 +174,10 @@ class HybridLM(nn.Module):
             latents = frames.latents.flatten(0, 1)[chosen]
             density = self.latent_head.distribution(flat, codes)
             latent_nll = latent_nll.index_copy(0, chosen, -density.log_prob(latents))
+        flow = None
+        if self.flow_head is not None and with_flow:
+            loss = self.flow_head.loss(flat, codes, frames.latents.flatten(0, 1)[chosen], generator)
+            flow = latent_nll.new_zeros(batch * length).index_copy(0, chosen, loss).view(batch, length)
 
         over = time == frames.lengths[:, None]  # (B, T + 1)
         stop_mask = time < frames.lengths[:, None]
@@ -184,6 +192,7 @@ class HybridLM(nn.Module):
             mask=scored,
             stop_mask=stop_mask,
             alignment=None if text_mask is None else _alignment_loss(run, text_mask, frames.lengths, aligned, guide),
+            flow=flow,
         )
 
     forward = nll

@@ -6,7 +6,8 @@ Shapes: B rows, V choices.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -26,6 +27,8 @@ class Controls:
     """Divides the logits of codes and of mixture components; 0 takes the most likely choice every time."""
     latent_temperature: float | None = None
     """Multiplies the variance of the drawn latents (CALM, arXiv 2509.06926); None: `temperature`."""
+    latent_steps: int | None = None
+    """Steps in which the flow head draws a latent; None: the mixture of Gaussians draws it."""
     top_k: int | None = None
     """Keep only the k most likely codes."""
     top_p: float | None = 0.95
@@ -42,6 +45,8 @@ class Controls:
         _check_number("temperature", self.temperature, "use 0 for the most likely choice, about 0.7 for a natural one")
         if self.latent_temperature is not None:
             _check_number("latent_temperature", self.latent_temperature, "use about 0.7")
+        if self.latent_steps is not None and self.latent_steps < 1:
+            raise UserError(f"latent_steps={self.latent_steps} must be at least 1; leave it out for the mixture head")
         if self.cfg is not None:
             _check_number("cfg", self.cfg, "use 1 for no guidance, 1.5 to 3 for more")
         if self.top_k is not None and (isinstance(self.top_k, bool) or int(self.top_k) != self.top_k or self.top_k < 1):
@@ -63,6 +68,12 @@ class Controls:
     def latent_variance_scale(self) -> float:
         """Factor on the variance of the latents."""
         return self.temperature if self.latent_temperature is None else self.latent_temperature
+
+
+def changed(controls: Controls, **changes: float | int | None) -> Controls:
+    """With these fields; those that are None stay."""
+    given: dict[str, Any] = {name: value for name, value in changes.items() if value is not None}
+    return replace(controls, **given)
 
 
 def sharpen(logits: Float[Tensor, "*B V"], temperature: float) -> Float[Tensor, "*B V"]:

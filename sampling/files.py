@@ -17,6 +17,7 @@ import soundfile
 from jaxtyping import Float
 from torch import Tensor
 
+from sampling.controls import Controls, changed
 from sampling.pipeline import GeneratedAudio, load
 from tokenizer.audio import write_audio, write_spectrogram
 from tokenizer.errors import UserError
@@ -34,12 +35,9 @@ def run(
     duration: float | None = None,
     num_samples: int = 1,
     seed: int | None = None,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    cfg: float | None = None,
     device: str = "cpu",
     output: str | Path = "output.wav",
+    **changes: float | int | None,
 ) -> list[Path]:
     """`hybridlm generate`: make `num_samples` recordings, write them and print one line for each.
 
@@ -51,9 +49,9 @@ def run(
         duration: Seconds to make; for text, a limit.
         num_samples: How many; the i-th equals a single one made with `seed + i`.
         seed: None draws a seed, which is printed.
-        temperature, top_k, top_p, cfg: see `Controls`; None for the defaults.
         device: "cpu", "cuda", ...
         output: WAV or FLAC; several become NAME-1.wav, NAME-2.wav, ...
+        changes: Fields of `Controls`; None for the default.
 
     Returns:
         The audio files; each has a spectrogram of the same name ending in .png.
@@ -63,6 +61,7 @@ def run(
     """
     if num_samples < 1:
         raise UserError(f"num_samples={num_samples} must be at least 1")
+    controls = changed(Controls(), **changes)
     paths = output_paths(Path(output), num_samples)
     check_writable(paths[0])
     seed = secrets.randbelow(2**31) if seed is None else seed
@@ -75,10 +74,7 @@ def run(
         duration=duration,
         num_samples=num_samples,
         seed=seed,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        cfg=cfg,
+        controls=controls,
     )
     took = time.perf_counter() - began
     write_rows(made, paths)

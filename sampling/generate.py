@@ -8,7 +8,8 @@ latent from the conditional density given the guided codes, which already pin it
 logits to extrapolate, and the product c^cfg u^(1 - cfg) of two mixtures of Gaussians has no sampler: there, candidates
 are drawn from the conditional density and one of them is chosen with weights (c / u)^(cfg - 1). This is
 sampling-importance-resampling: exact in the limit of many candidates, and with few it stays on what the conditional
-model can make (GIVT, arXiv 2312.02116, rejects instead, without a bound on the time).
+model can make (GIVT, arXiv 2312.02116, rejects instead, without a bound on the time). A flow head has no density: its
+state is extrapolated, u + cfg (c - u) (SLED).
 
 Equal results. Every row draws from a generator of its own, the same count of numbers a frame whatever the others do, so
 that a row depends on its seed alone. What is left is rounding: a matrix product may differ in the last bits between
@@ -190,6 +191,11 @@ def _draw_latents(
     controls: Controls,
     cfg: float,
 ) -> Float[Tensor, "B D"]:
+    if controls.latent_steps is not None:
+        guided = conditional if free is None else free + cfg * (conditional - free)
+        return model.flow_head.sample(
+            guided, codes, generators, num_steps=controls.latent_steps, temperature=controls.latent_variance_scale
+        )
     mixture = model.latent_head.distribution(conditional, codes)
     if free is None or codes is not None:
         return _draw(mixture, generators, controls)

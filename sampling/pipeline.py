@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -15,7 +14,7 @@ from torch import Tensor
 from hybridlm.checkpoint import load_model
 from hybridlm.config import ModelConfig
 from hybridlm.model import HybridLM
-from sampling.controls import Controls
+from sampling.controls import Controls, changed
 from sampling.generate import Drawn, Hear, Limits, Request, generate_frames
 from sampling.heard import HeardFeatures, can_be_heard
 from sampling.stream import stream_audio
@@ -121,7 +120,7 @@ class AudioModel:
         """
         if num_samples < 1:
             raise UserError(f"num_samples={num_samples} must be at least 1")
-        controls = _override(controls, temperature=temperature, top_k=top_k, top_p=top_p, cfg=cfg)
+        controls = changed(controls or Controls(), temperature=temperature, top_k=top_k, top_p=top_p, cfg=cfg)
         request = self._request(text, tags, audio, duration, seed, num_samples, controls)
         steps = list(generate_frames(self.model, request, self._hear(request)))
         active = torch.stack([step.active for step in steps], dim=1)  # (B, T)
@@ -177,7 +176,7 @@ class AudioModel:
         """
         if chunk_frames < 1:
             raise UserError(f"chunk_frames={chunk_frames} must be at least 1")
-        controls = _override(controls, temperature=temperature, top_k=top_k, top_p=top_p, cfg=cfg)
+        controls = changed(controls or Controls(), temperature=temperature, top_k=top_k, top_p=top_p, cfg=cfg)
         request = self._request(text, tags, audio, duration, seed, 1, controls)
         prompt = None
         if request.prompt is not None:
@@ -222,6 +221,10 @@ class AudioModel:
             raise UserError(
                 f"this model reads {unpredicted}, which it does not predict: it can be evaluated, but not generate; "
                 "use a model that predicts all it reads"
+            )
+        if controls.latent_steps is not None and self.model.flow_head is None:
+            raise UserError(
+                f"latent_steps={controls.latent_steps} needs a model with a flow head, which this lacks; leave it out"
             )
         if not 0 <= seed <= LARGEST_SEED - num_samples:
             raise UserError(f"seed={seed} must be at least 0 and below 2**63 - num_samples")
@@ -344,10 +347,6 @@ def load(name_or_dir: str | Path = "box", device: str = "cpu") -> AudioModel:
     """
     checkpoint = load_model(name_or_dir, device=device)
     return AudioModel(checkpoint.model, checkpoint.tokenizer, checkpoint.text)
-
-
-def _override(controls: Controls | None, **values: Any) -> Controls:
-    return replace(controls or Controls(), **{name: value for name, value in values.items() if value is not None})
 
 
 def _unpredicted(config: ModelConfig, tokenizer: Tokenizer) -> str | None:

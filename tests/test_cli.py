@@ -24,6 +24,7 @@ CONTRACT = {
     "demo": {"--output-dir"},
     "generate": {
         *("--model", "--text", "--tag", "--audio", "--duration", "--num-samples", "--seed", "--temperature"),
+        *("--latent-temperature", "--latent-steps"),
         *("--top-k", "--top-p", "--cfg", "--device", "--output"),
     },
     "reconstruct": {"input", "output", "--tokenizer", "--from", "--num-codebooks", "--json"},

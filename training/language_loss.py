@@ -21,6 +21,8 @@ class LanguageLossConfig:
     code_weight: float = 1.0
     latent_weight: float = 1.0
     """Of the latents' NLL a frame and dimension."""
+    flow_weight: float = 1.0
+    """Of the flow head's loss a frame and dimension, where the model has such a head."""
     stop_weight: float = 0.5
     alignment_weight: float = 0.2
     """Of the guided attention loss or, of a model with a reader, of its places, on complete utterances with text."""
@@ -34,7 +36,7 @@ class LanguageLossConfig:
     """Share of the frames whose codes and latents are scored: less is faster and noisier."""
 
     def __post_init__(self) -> None:
-        for name in ("code_weight", "latent_weight", "stop_weight", "alignment_weight", "guide_error"):
+        for name in ("code_weight", "latent_weight", "flow_weight", "stop_weight", "alignment_weight", "guide_error"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
         if any(weight < 0 for weight in self.code_weights) or (self.code_weights and sum(self.code_weights) == 0):
@@ -71,6 +73,10 @@ def combine(
         latent = nll.latents.sum() / (frames * latent_dim)
         total = total + losses.latent_weight * latent
         parts["latent"] = latent.detach()
+    if nll.flow is not None:
+        flow = nll.flow.sum() / frames
+        total = total + losses.flow_weight * flow
+        parts["flow"] = flow.detach()
     if nll.alignment is not None:
         alignment = nll.alignment.sum() / aligned.sum().clamp(min=1)
         total = total + losses.alignment_weight * alignment
@@ -79,7 +85,8 @@ def combine(
 
 
 def sums(nll: FrameNLL) -> dict[str, float]:
-    """Nats of each stream, summed over all that was scored; `accuracy` is the sum over frames of the share of codes."""
+    """Nats of each stream, summed over all that was scored; `accuracy` is the sum over frames of the share of codes; `flow` is
+    no likelihood."""
     figures = {
         "codes": float(nll.codes.sum()),
         "latents": float(nll.latents.sum()),
@@ -88,4 +95,6 @@ def sums(nll: FrameNLL) -> dict[str, float]:
     if outputs := nll.codes.shape[1]:
         figures["accuracy"] = float(nll.correct.sum()) / outputs
         figures["first_code"] = float(nll.codes[:, 0].sum())
+    if nll.flow is not None:
+        figures["flow"] = float(nll.flow.sum())
     return figures

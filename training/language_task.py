@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -72,6 +72,9 @@ class LanguageTaskConfig:
     model: dict[str, Any] = field(default_factory=dict)
     """Fields of `hybridlm.config.ModelConfig`, without those that the tokenizer and the text model decide."""
     losses: LanguageLossConfig = field(default_factory=LanguageLossConfig)
+    trained: Literal["all", "flow_head"] = "all"
+    """`flow_head`: nothing else learns, so that a trained model's likelihoods stay what they are (with `init_from` and
+    `init_partial` of the run)."""
 
 
 class LanguageTask:
@@ -112,6 +115,11 @@ class LanguageTask:
             self.model = taken_over(start, config.model)
         else:
             self.model = new_model(config.model, self.tokenizer, self.text, self.train_data)
+        if config.trained == "flow_head":
+            if self.model.flow_head is None:
+                raise UserError("trained=flow_head needs a model with one; set model.flow_layers")
+            self.model.requires_grad_(False)
+            self.model.flow_head.requires_grad_(True)
         self._alignments: dict[tuple[int, str], npt.NDArray[np.float32]] = {}
         if self.model.reader is not None and config.losses.alignment_weight > 0:
             for number, folder in enumerate(config.data.caches):
@@ -223,6 +231,7 @@ class LanguageTask:
             text_mask=batch["text_mask"] if align else None,
             aligned=batch["aligned"] if align else None,
             guide=self._guide(batch, generator) if align and "places" in batch else None,
+            with_flow=losses.flow_weight > 0,
         )
         return combine(nll, losses, latent_dim=config.latent_dim, aligned=batch["aligned"])
 
@@ -244,10 +253,12 @@ class LanguageTask:
         return Guide(before=before, places=places, known=batch["places_known"])
 
     def validate(self) -> Mapping[str, float]:
-        """Likelihood of the held-out clips, in nats a frame; the noise of a clip is always the same."""
+        """Likelihood of the held-out clips, in nats a frame; the noise of a clip is always the same. A flow head's loss
+        stands beside it, and is `loss` where nothing else learns."""
         cache = self.validation_data or self.train_data
         totals: dict[str, float] = {}
         frames = 0
+        generator = torch.Generator(self._device()).manual_seed(0)  # the flow's alone
         for windows in self._validation_windows(cache):
             batch = self.batch(cache, windows)
             batch = {name: value.to(self._device()) for name, value in batch.items()}
@@ -258,12 +269,15 @@ class LanguageTask:
                 batch["prefix_mask"],
                 self._frames(batch, latents),
                 ended=batch["ended"],
+                generator=generator,
+                with_flow=True,
             )
             frames += int(nll.mask.sum())
             for name, value in sums(nll).items():
                 totals[name] = totals.get(name, 0.0) + value
         figures = {name: value / frames for name, value in totals.items()}
-        figures["loss"] = sum(figures[name] for name in ("codes", "latents", "stop"))
+        parts = ("flow",) if self.config.trained == "flow_head" else ("codes", "latents", "stop")
+        figures["loss"] = sum(figures[name] for name in parts)
         return figures
 
     def export(self, folder: Path) -> None:

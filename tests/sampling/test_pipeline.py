@@ -62,6 +62,24 @@ def test_same_seed_same_audio_alone_in_a_batch_and_streamed(representation: str)
     assert bool((tail == 0).all())
 
 
+def test_latents_by_the_flow_head() -> None:
+    model = tiny_model(stop_bias=-30.0, flow_layers=1, flow_dim=16, flow_distill=1.0)
+    asked = {"tags": ["music"], "duration": 0.4}
+    controls = Controls(latent_steps=2)
+    batch = model.generate(**asked, num_samples=2, seed=10, controls=controls)
+    alone = model.generate(**asked, seed=11, controls=controls)
+    torch.testing.assert_close(alone.row(0), batch.row(1), atol=1e-5, rtol=0)
+    streamed = torch.cat(list(model.stream(**asked, seed=11, controls=controls)), dim=-1)
+    torch.testing.assert_close(streamed[0], batch.row(1), atol=1e-5, rtol=0)
+    others = [None, 1, 3]
+    made = [model.generate(**asked, seed=11, controls=Controls(latent_steps=steps)).frames.latents for steps in others]
+    assert not any(torch.allclose(one, alone.frames.latents) for one in made)
+    cold = model.generate(**asked, seed=11, controls=Controls(latent_steps=2, latent_temperature=0.1)).frames.latents
+    assert not torch.allclose(cold, alone.frames.latents)
+    with pytest.raises(UserError, match="latent_steps=2 needs a model with a flow head"):
+        tiny_model().generate(**asked, controls=controls)
+
+
 def test_a_stream_hands_out_sound_after_one_frame_and_then_in_chunks() -> None:
     pieces = [piece.shape[-1] // 960 for piece in tiny_model().stream(tags=["music"], duration=0.5, chunk_frames=5)]
     assert pieces == [1, 5, 5, 1]  # 12 frames

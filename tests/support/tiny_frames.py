@@ -51,6 +51,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "text_in_prefix": False,
         "alignment_heads": 0,
     },
+    "flow": {"representation": "hybrid", "flow_layers": 2, "flow_dim": 24, "flow_draws": 2, "flow_distill": 0.5},
+    "continuous-flow": {"representation": "continuous", "flow_layers": 2, "flow_dim": 24, "flow_draws": 2},
     "no-short-context": {"representation": "hybrid", "short_context_frames": 0},
 }
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from hybridlm.checkpoint import load_model
 from hybridlm.frame_nll import FrameNLL
@@ -75,11 +77,14 @@ def watch(trained: LanguageTask, monkeypatch: pytest.MonkeyPatch) -> list[tuple]
     return seen
 
 
-@pytest.mark.parametrize("representation", ["discrete", "continuous", "hybrid"])
+@pytest.mark.parametrize(
+    ("representation", "more"),
+    [("discrete", {}), ("continuous", {}), ("hybrid", {}), ("hybrid", {"flow_layers": 1, "flow_distill": 0.5})],
+)
 def test_one_batch_is_learned_and_every_parameter_moves(
-    folders: dict[str, str], tmp_path: Path, representation: str
+    folders: dict[str, str], tmp_path: Path, representation: str, more: dict[str, Any]
 ) -> None:
-    settings = {"representation": representation, "history_noise": 0.1, "sigma": 0.02}
+    settings = {"representation": representation, "history_noise": 0.1, "sigma": 0.02, **more}
     trained = task(folders, tmp_path, model=settings)
     batch = next(trained.batches(seed=0, rank=0, world_size=1, skip=0))
     before = {name: p.detach().clone() for name, p in trained.model.named_parameters()}
@@ -267,3 +272,31 @@ def test_start_keeps_weights_and_takes_training_settings(folders: dict[str, str]
     config = from_mapping(LanguageTaskConfig, {**language(folders), "model": {"ffn_dim": 32}})
     with pytest.raises(UserError, match="does not fit the model's weights"):
         LanguageTask(config, output=tmp_path, start=start)
+
+
+def test_a_flow_head_is_added_to_a_trained_model(folders: dict[str, str], tmp_path: Path) -> None:
+    """Nothing else learns, so that the likelihoods stay what they are."""
+    run(folders, tmp_path / "first", steps=2)
+    mapping = {
+        "task": "language",
+        "output": str(tmp_path / "second"),
+        "max_steps": 2,
+        "tensorboard": False,
+        "device": "cpu",
+        "precision": "fp32",
+        "init_from": str(tmp_path / "first" / "model"),
+        "init_partial": True,
+        "language": {**language(folders, model={"flow_layers": 1, "flow_dim": 16}), "trained": "flow_head"},
+    }
+    mapping["language"]["text"] = {"model": str(tmp_path / "first" / "model")}
+    train_mapping(mapping, "test")
+    old, new = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("first", "second"))
+    assert all(torch.equal(new[name], weight) for name, weight in old.items())
+    lines = (tmp_path / "second" / "log.jsonl").read_text().splitlines()
+    figures = next(line for line in map(json.loads, reversed(lines)) if line["kind"] == "validate")
+    assert figures["loss"] == figures["flow"] > 0
+    added = [name for name in new if name not in old]
+    assert added and all(name.startswith("flow_head.") for name in added)
+    assert bool(new["flow_head.output.weight"].any())  # it was zero
+    with pytest.raises(UserError, match=r"trained=flow_head needs a model with one; set model.flow_layers"):
+        LanguageTask(from_mapping(LanguageTaskConfig, {**language(folders), "trained": "flow_head"}), output=tmp_path)
