@@ -85,8 +85,8 @@ def combine(
 
 
 def sums(nll: FrameNLL) -> dict[str, float]:
-    """Nats of each stream, summed over all that was scored; `accuracy` is the sum over frames of the share of codes; `flow` is
-    no likelihood."""
+    """Nats of each stream, summed over all that was scored. `accuracy` is the sum over frames of the share of codes;
+    `flow`, if it was asked for, is no likelihood."""
     figures = {
         "codes": float(nll.codes.sum()),
         "latents": float(nll.latents.sum()),

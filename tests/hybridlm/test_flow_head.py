@@ -87,14 +87,13 @@ def test_it_is_no_likelihood() -> None:
     batch = tiny_frames()
     for one in (model, without):
         one.train()
-    a, b = (
-        one.nll(ids, mask, batch, generator=torch.Generator().manual_seed(0), with_flow=True)
-        for one in (model, without)
-    )
+    seeds = [torch.Generator().manual_seed(0) for _ in range(2)]
+    a = model.nll(ids, mask, batch, generator=seeds[0], with_flow=True)
+    b = without.nll(ids, mask, batch, generator=seeds[1], with_flow=True)
     assert a.flow is not None and b.flow is None
     torch.testing.assert_close(a.total(), b.total())
     assert bool((a.flow[a.mask] > 0).all()) and not bool(a.flow[~a.mask].any())
-    assert model.eval().nll(ids, mask, batch).flow is None
+    assert model.nll(ids, mask, batch).flow is None
 
 
 def test_a_discrete_model_has_none() -> None:

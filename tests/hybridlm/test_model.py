@@ -219,9 +219,10 @@ def test_every_parameter_gets_a_gradient_and_moves(variant):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for seed in range(3):
-        nll = model(*tiny_prefix(seed), tiny_frames(seed), ended=ENDED, generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        nll = model(*tiny_prefix(seed), tiny_frames(seed), ended=ENDED, generator=generator, with_flow=True)
         optimizer.zero_grad()
-        nll.total().sum().backward()
+        (nll.total().sum() + (0.0 if nll.flow is None else nll.flow.sum())).backward()
         optimizer.step()
     still = [name for name, p in model.named_parameters() if torch.equal(p, before[name])]
     assert not still
