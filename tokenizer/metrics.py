@@ -3,7 +3,7 @@
 All functions take waveforms of one length at one rate, already aligned in time; a codec's output is cut to its input.
 STOI and PESQ need the extra `hybridlm[metrics]`. A figure that two clips do not have raises `Undefined`.
 
-Shapes: S samples, K codebooks, T frames, V codebook size.
+Shapes: S samples, K codebooks, T frames, V codebook size, N frequencies, M mel bands.
 """
 
 from __future__ import annotations
@@ -110,7 +110,25 @@ def mel_distance(reference: Float[Tensor, " S"], estimate: Float[Tensor, " S"], 
     ends; magnitudes; 80 triangular bands on Slaney's scale from 0 Hz to the Nyquist frequency, each summing to one;
     natural logarithm of the value floored at 1e-5; L1 averaged over bands and frames.
     """
-    return (_log_mel(reference, sample_rate_hz) - _log_mel(estimate, sample_rate_hz)).abs().mean().item()
+    return (log_mel(reference, sample_rate_hz) - log_mel(estimate, sample_rate_hz)).abs().mean().item()
+
+
+def magnitudes(waveform: Float[Tensor, " S"]) -> Float[Tensor, "T N"]:
+    """Spectral magnitudes as `mel_distance` takes them, of N frequencies from 0 Hz to the Nyquist frequency.
+
+    A full-scale sine reaches about 0.5.
+    """
+    window = torch.hann_window(MEL_WINDOW, device=waveform.device)
+    spectrum = torch.stft(
+        waveform.float(), MEL_WINDOW, MEL_HOP, window=window / window.sum(), pad_mode="constant", return_complex=True
+    )
+    return spectrum.abs().T
+
+
+def log_mel(waveform: Float[Tensor, " S"], sample_rate_hz: int) -> Float[Tensor, "T M"]:
+    """The log-mel spectrogram of `mel_distance`: natural logarithms of M = 80 bands."""
+    bank = mel_filterbank(sample_rate_hz, MEL_WINDOW, MEL_BANDS).to(waveform.device)
+    return (magnitudes(waveform) @ bank).clamp(min=MEL_FLOOR).log()
 
 
 def mel_cepstral_distortion(
@@ -122,7 +140,7 @@ def mel_cepstral_distortion(
     level, is left out, and frames are compared one to one, without warping (Kubichek 1993).
     """
     basis = AF.create_dct(num_coefficients + 1, MEL_BANDS, "ortho")[:, 1:].to(reference.device)
-    difference = (_log_mel(reference, sample_rate_hz) - _log_mel(estimate, sample_rate_hz)) @ basis
+    difference = (log_mel(reference, sample_rate_hz) - log_mel(estimate, sample_rate_hz)) @ basis
     # The formula's cepstrum c is that of log|X| = sum of c_m cos: (2 / bands) times the cosine sums, where the
     # orthonormal transform has sqrt(2 / bands).
     difference = difference * math.sqrt(2.0 / MEL_BANDS)
@@ -134,8 +152,8 @@ def log_spectral_distance(reference: Float[Tensor, " S"], estimate: Float[Tensor
 
     The transform of `mel_distance`, magnitudes floored at 1e-5 (-100 dB).
     """
-    magnitudes = [_magnitudes(x).clamp(min=MEL_FLOOR) for x in (reference, estimate)]
-    difference = 20.0 * (magnitudes[0].log10() - magnitudes[1].log10())
+    spectra = [magnitudes(x).clamp(min=MEL_FLOOR) for x in (reference, estimate)]
+    difference = 20.0 * (spectra[0].log10() - spectra[1].log10())
     return difference.square().mean(dim=-1).sqrt().mean().item()
 
 
@@ -290,20 +308,6 @@ def bootstrap_interval(values: Sequence[float], *, seed: int = 0, num_resamples:
     chosen = torch.randint(len(defined), (num_resamples, len(defined)), generator=generator)
     low, high = defined[chosen].mean(dim=1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return Interval(mean=defined.mean().item(), low=low, high=high, count=len(defined))
-
-
-def _magnitudes(waveform: Tensor) -> Tensor:
-    """(T, bins), a full-scale sine near 0.5."""
-    window = torch.hann_window(MEL_WINDOW, device=waveform.device)
-    spectrum = torch.stft(
-        waveform.float(), MEL_WINDOW, MEL_HOP, window=window / window.sum(), pad_mode="constant", return_complex=True
-    )
-    return spectrum.abs().T
-
-
-def _log_mel(waveform: Tensor, sample_rate_hz: int) -> Tensor:
-    bank = mel_filterbank(sample_rate_hz, MEL_WINDOW, MEL_BANDS).to(waveform.device)
-    return (_magnitudes(waveform) @ bank).clamp(min=MEL_FLOOR).log()
 
 
 @lru_cache(maxsize=4)
