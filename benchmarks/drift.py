@@ -53,6 +53,7 @@ from benchmarks.drift_measure import (
 from benchmarks.drift_report import Variant, figures, table, write_picture
 from benchmarks.representations_report import machine
 from sampling.controls import Controls
+from sampling.files import check_writable
 from sampling.pipeline import AudioModel, load
 from tokenizer.audio import audio_info, read_audio
 from tokenizer.errors import UserError
@@ -284,6 +285,8 @@ def report(variants: Sequence[Variant], options: argparse.Namespace, command: st
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     try:
+        for path in filter(None, (options.json, options.markdown, options.picture)):
+            check_writable(path)
         controls = Controls()
         for name in ("temperature", "top_p"):
             if getattr(options, name) is not None:

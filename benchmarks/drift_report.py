@@ -156,7 +156,7 @@ def lines_of(found: Mapping[str, Any], name: str) -> dict[str, tuple[str, dict[s
             continue  # real audio has no distance to itself, and the codec decodes real frames
         own = {model: kinds[kind][name] for model, kinds in models.items() if kind in kinds}
         figures = list(own.values())
-        if kind in (CODEC, REAL) and figures and all(figure == figures[0] for figure in figures):
+        if kind in (CODEC, REAL) and figures and all(figure["windows"] == figures[0]["windows"] for figure in figures):
             rows[kind] = (kind, figures[0])
         else:
             rows |= {f"{model}, {kind}": (kind, figure) for model, figure in own.items()}

@@ -304,6 +304,7 @@ def test_slopes_and_cells() -> None:
         (["--continue", 2], "the longest of 5 has 1.5 s"),
         (["--window", 0.02, "--prompt", 0.4], "--window 0.02 s holds no frame"),
         (["--temperature", -1], "temperature=-1.0 must be a number"),
+        (["--json", "/"], "is a folder"),
         (["--top-p", 7], "top_p=7.0 must be above 0"),
     ],
 )
