@@ -51,7 +51,6 @@ from benchmarks.drift_measure import (
     span_of,
 )
 from benchmarks.drift_report import Variant, figures, table, write_picture
-from benchmarks.representations_report import machine
 from sampling.controls import Controls
 from sampling.files import check_writable
 from sampling.pipeline import AudioModel, load
@@ -60,6 +59,7 @@ from tokenizer.errors import UserError
 from tokenizer.files import replacing
 from training.examples import clip_seed
 from training.index import VALIDATION, split_clips
+from training.machine import machine
 from training.manifest import Clip, TagRule, apply_rules, read_manifest
 from training.probe import write_json
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from benchmarks.drift_measure import CODEC, FREE, MEL_DISTANCE, REAL, TEACHER
 from benchmarks.probe_tables import header, row
-from benchmarks.study import bounds, drawn_ratios, estimate
 from tokenizer.files import replacing
+from training.estimates import bounds, drawn_ratios, estimate
 
 SLOPE_SECONDS = 10.0
 LEAST_NORM_CHANGE = 0.01
