@@ -43,6 +43,7 @@ class TextTokenizer:
             raise ValueError(f"the sentencepiece model lacks the symbol {AUDIO_SYMBOL}")
         self.audio_id: int = symbols.pop(AUDIO_SYMBOL)
         self._tag_ids = {symbol[1:-1]: i for symbol, i in symbols.items()}
+        self._known: set[str] | None = None
 
     @classmethod
     def train(
@@ -188,6 +189,14 @@ class TextTokenizer:
                         at = found + 1
             spans.append((min(begin, len(normalized)), min(max(at, begin), len(normalized))))
         return spans
+
+    def letters(self, text: str) -> tuple[int, str]:
+        """How many letters the text has, and those of them that no piece has, which are read byte by byte."""
+        if self._known is None:
+            pieces = range(self.first_text_id, self.vocab_size)
+            self._known = {c for i in pieces if not self._pieces.is_byte(i) for c in self._pieces.id_to_piece(i)}
+        letters = [c for c in _normalized(text) if c.isalpha()]
+        return len(letters), "".join(c for c in letters if c not in self._known)
 
     def tag_id(self, tag: str) -> int:
         """Id of a tag, given as `speech` or `<speech>`.

@@ -145,12 +145,7 @@ def apply_rules(clips: Iterator[Clip] | Sequence[Clip], rules: Sequence[TagRule]
 
 
 def read_manifest(source: Path, split: str | None = None) -> Manifest:
-    """List the clips of a source.
-
-    Sources: a JSON-lines file (keys `audio` or `path`, relative to the file's folder; `text`, `duration`, `start`,
-    `end`, `split`, `tags`; every other key is a label), an LJSpeech `metadata.csv` (`id|text|normalized text`, audio in
-    `wavs/` or beside it), a folder that holds a `manifest.jsonl` or a `metadata.csv`, any other folder (audio found at
-    every depth, text in a `.txt` or `.lab` of the same name), or one audio file.
+    """List the clips of a source; see `iterate_clips` for what a source is.
 
     Args:
         source: One of these.
@@ -160,11 +155,9 @@ def read_manifest(source: Path, split: str | None = None) -> Manifest:
         UserError: when the source is not there or nothing usable is left; the first problem is named.
     """
     source = Path(source)
-    if not source.exists():
-        raise UserError(f"{source}: no such file or folder; check the path")
     clips: list[Clip] = []
     problems: list[str] = []
-    for found in _read(source):
+    for found in iterate_clips(source):
         if isinstance(found, str):
             problems.append(found)
         else:
@@ -178,6 +171,23 @@ def read_manifest(source: Path, split: str | None = None) -> Manifest:
         if not clips:
             raise UserError(f"{source} has no clip of split '{split}'; its splits are {', '.join(splits)}")
     return Manifest(source=source, clips=clips, problems=problems)
+
+
+def iterate_clips(source: Path) -> Iterator[Clip | str]:
+    """The clips of a source one by one, in its own order, and in place of what is wrong a line that says so.
+
+    Sources: a JSON-lines file (keys `audio` or `path`, relative to the file's folder; `text`, `duration`, `start`,
+    `end`, `split`, `tags`; every other key is a label), an LJSpeech `metadata.csv` (`id|text|normalized text`, audio in
+    `wavs/` or beside it), a folder that holds a `manifest.jsonl` or a `metadata.csv`, any other folder (audio found at
+    every depth, text in a `.txt` or `.lab` of the same name), or one audio file.
+
+    Raises:
+        UserError: when the source is not there.
+    """
+    source = Path(source)
+    if not source.exists():
+        raise UserError(f"{source}: no such file or folder; check the path")
+    return _read(source)
 
 
 def _read(source: Path) -> Iterator[Clip | str]:
@@ -245,6 +255,10 @@ def _clip(entry: Mapping[str, Any], root: Path) -> Clip:
     tags = rest.pop("tags", None) or []
     if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
         raise ValueError(f"tags={tags!r} must be a list of texts")
+    if _leaves(name):
+        raise ValueError(
+            f"{names[0]}={name!r} leaves the manifest's folder; move the audio inside, or give a whole path"
+        )
     if not (root / name).is_file():
         raise ValueError(f"no such file: {name}")
     part = "" if start is None and end is None else f"#{start or 0.0:g}-{'' if end is None else f'{end:g}'}"
@@ -262,6 +276,11 @@ def _clip(entry: Mapping[str, Any], root: Path) -> Clip:
         end=end,
         labels=labels,
     )
+
+
+def _leaves(name: str) -> bool:
+    """Whether a relative path climbs out of the folder it starts in: a corpus that was handed on must not read on."""
+    return os.path.normpath(name).split(os.sep)[0] == os.pardir
 
 
 def _seconds(entry: dict[str, Any], key: str) -> float | None:
@@ -290,6 +309,9 @@ def _read_ljspeech(source: Path) -> Iterator[Clip | str]:
             yield f"{where}: must be id|text or id|text|normalized text"
             continue
         name, text = fields[0], (fields[2] if len(fields) > 2 and fields[2] else fields[1])
+        if _leaves(name) or Path(name).is_absolute():
+            yield f"{where}: id {name} leaves the folder of {source.name}; move the audio inside"
+            continue
         places = [
             source.parent / folder / f"{name}{suffix}"
             for folder in ("wavs", "")

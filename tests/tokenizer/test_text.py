@@ -126,3 +126,11 @@ def test_bad_files(tmp_path: Path) -> None:
         (tmp_path / "text.model").write_bytes(content)
         with pytest.raises(UserError, match="damaged or no text model"):
             TextTokenizer.load(tmp_path)
+
+
+def test_letters_that_no_piece_has_are_found() -> None:
+    text = TextTokenizer.train(["hello world", "the quick brown fox"], vocab_size=300)
+    assert text.letters("Hello, FOX! 12") == (8, "")
+    assert text.letters("hello мир ok") == (10, "мир")
+    pieces = text.encode("мир")
+    assert len(pieces) > 6  # bytes, two a letter

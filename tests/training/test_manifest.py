@@ -80,6 +80,26 @@ def test_bad_lines_are_counted_told_and_skipped(tmp_path: Path) -> None:
         assert message in problem
 
 
+def test_rows_that_leave_their_folder_are_refused(tmp_path: Path) -> None:
+    write_sine(tmp_path / "secret.wav", 0.1)
+    corpus = tmp_path / "corpus"
+    write_sine(corpus / "wavs" / "mine.wav", 0.1)
+    names = ["../secret.wav", "wavs/../../secret.wav", "wavs/../wavs/mine.wav", str(corpus / "wavs/mine.wav")]
+    (corpus / "m.jsonl").write_text("\n".join(json.dumps({"path": name}) for name in names))
+    found = read_manifest(corpus / "m.jsonl")
+    assert [clip.key for clip in found.clips] == names[2:]
+    assert [problem.split(" leaves")[0] for problem in found.problems] == [
+        "m.jsonl:1: path='../secret.wav'",
+        "m.jsonl:2: path='wavs/../../secret.wav'",
+    ]
+    ids = ["mine", "../../secret", str(tmp_path / "secret")]
+    (corpus / "metadata.csv").write_text("".join(f"{name}|Some text.\n" for name in ids))
+    found = read_manifest(corpus / "metadata.csv")
+    assert [clip.key for clip in found.clips] == ["wavs/mine.wav"]
+    assert len(found.problems) == 2
+    assert all("leaves the folder" in problem for problem in found.problems)
+
+
 def test_nothing_usable_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "m.jsonl").write_text('{"path": "missing.wav"}\nnonsense\n')
     with pytest.raises(UserError, match=r"no usable clip \(2 problems, the first: m.jsonl:1: no such file"):
