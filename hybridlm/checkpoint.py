@@ -7,13 +7,8 @@ Only JSON, safetensors and sentencepiece files are read: nothing that could run 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hybridlm.adapter import Base, adapter_names, check_base, describe_adapter, is_adapter, load_adapter, read_base
 from hybridlm.config import ModelConfig
+from hybridlm.folder import fingerprint, written_whole
 from hybridlm.model import HybridLM
 from tokenizer.errors import UserError
 from tokenizer.frames import Tokenizer
@@ -52,6 +49,8 @@ class Checkpoint(NamedTuple):
     model: HybridLM
     tokenizer: Tokenizer
     text: TextTokenizer
+    base: Base | None = None
+    """Which weights these are, by name and fingerprint; None for a model that was not read from a folder."""
 
 
 def resolve(name_or_dir: str | Path) -> Path:
@@ -110,77 +109,57 @@ def save_model(
 
     Raises:
         UserError: when the folder can't be written or the disk is full.
+        ValueError: the model has adapters; merge or drop them.
     """
     folder = Path(folder)
+    if adapter_names(model):
+        raise ValueError(f"a model with adapters ({', '.join(adapter_names(model))}) has no folder; merge them first")
     weights = {
         name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).clone()
         for name, tensor in model.state_dict().items()
     }
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-        try:
-            tokenizer.save(staging / "tokenizer")
-            text.save(staging / "text.model")
-            fingerprint = _fingerprint(weights)
-            config = {
-                "format": "hybridlm",
-                "format_version": FORMAT_VERSION,
-                "model": dataclasses.asdict(model.config),
-                "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint()},
-                "tags": list(text.tags),
-                "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
-                "weights": fingerprint,
-            }
-            (staging / "README.md").write_text(card or default_card(config), encoding="utf-8")
-            save_file(weights, staging / "model.safetensors", metadata={"weights": fingerprint})
-            (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            _move_into_place(staging, folder)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"can't write the model folder {str(folder)!r} ({reason}); make room or choose another folder; "
-            "what was there before is unchanged"
-        ) from error
+    with written_whole(folder, last="config.json", what="model") as staging:
+        tokenizer.save(staging / "tokenizer")
+        text.save(staging / "text.model")
+        saved = fingerprint(weights)
+        config = {
+            "format": "hybridlm",
+            "format_version": FORMAT_VERSION,
+            "model": dataclasses.asdict(model.config),
+            "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint()},
+            "tags": list(text.tags),
+            "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "weights": saved,
+        }
+        (staging / "README.md").write_text(card or default_card(config), encoding="utf-8")
+        save_file(weights, staging / "model.safetensors", metadata={"weights": saved})
+        (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _move_into_place(staging: Path, folder: Path) -> None:
-    """Rename the files one by one, `config.json` last: a folder cut off in between is told from a whole one."""
-    for file in staging.rglob("*"):
-        if file.is_file():
-            file.chmod(0o644)  # safetensors lets no one but the owner read
-            with file.open("r+b") as handle:
-                os.fsync(handle.fileno())
-    with suppress(OSError):  # a name that is free takes the whole folder in one step
-        staging.chmod(0o755)
-        staging.rename(folder)
-        return
-    files = sorted((file for file in staging.rglob("*") if file.is_file()), key=lambda file: file.name == "config.json")
-    for file in files:
-        target = folder / file.relative_to(staging)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        file.replace(target)
-
-
-def load_model(folder: str | Path, device: str | torch.device | None = "cpu") -> Checkpoint:
+def load_model(
+    folder: str | Path, device: str | torch.device | None = "cpu", adapter: str | Path | None = None
+) -> Checkpoint:
     """Read a model's folder; weights become float32, the modules are in evaluation mode.
 
     Args:
-        folder: "box", a folder or a hub id; see `resolve`.
+        folder: "box", a folder or a hub id; see `resolve`. An adapter's folder is read onto the base that it names.
         device: Where the model and its tokenizer go; None for CUDA where there is one.
+        adapter: Folder or hub id of an adapter to read onto the model, and to use.
 
     Raises:
-        UserError: for a missing, cut-short or mixed-up folder, another format version, another tokenizer, or a
-            device that is not there.
+        UserError: for a missing, cut-short or mixed-up folder, another format version, another tokenizer, an adapter
+            of another base, or a device that is not there.
     """
     device = resolve_device(device)
-    folder = resolve(folder)
+    given, folder = str(folder), resolve(folder)
+    if is_adapter(folder):
+        if adapter is not None:
+            raise UserError(f"model {given!r} is an adapter; give its base as the model, and one adapter beside it")
+        return load_model(base_of(folder), device, folder)
     config = read_config(folder)
-    for name in FILES:
-        if not (folder / name).is_file():
-            raise UserError(f"model folder {str(folder)!r} lacks {name}; it must hold {LAYOUT}")
+    for file in FILES:
+        if not (folder / file).is_file():
+            raise UserError(f"model folder {str(folder)!r} lacks {file}; it must hold {LAYOUT}")
     model = HybridLM(from_mapping(ModelConfig, config["model"], where=f"{folder / 'config.json'}: model"))
     weights, saved = _read_weights(folder / "model.safetensors")
     if saved != config["weights"]:
@@ -200,7 +179,29 @@ def load_model(folder: str | Path, device: str | torch.device | None = "cpu") ->
             f"{expected}; copy the tokenizer that came with the model"
         )
     text = TextTokenizer.load(folder / "text.model")
-    return Checkpoint(model=model.eval().to(device), tokenizer=tokenizer, text=text)
+    stands_for_itself = given == BOX or not Path(given).is_dir()
+    name = given if stands_for_itself else str(folder.resolve())
+    base = Base(name=name, weights=config["weights"], tokenizer=expected)
+    if adapter is not None:
+        load_adapter(model, resolve(adapter), base)
+    return Checkpoint(model=model.eval().to(device), tokenizer=tokenizer, text=text, base=base)
+
+
+def base_of(adapter: Path) -> str:
+    """Name of the model that an adapter was made for.
+
+    Raises:
+        UserError: when that model is not there.
+    """
+    base = read_base(adapter)
+    try:
+        resolve(base.name)
+    except UserError as error:
+        raise UserError(
+            f"adapter {str(adapter)!r} was made for {base.name!r} (weights {base.weights}), which is not there; "
+            "give that model's folder as the model and this one as the adapter"
+        ) from error
+    return base.name
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -243,14 +244,6 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], str | None]:
     return {**weights, **floats}, metadata.get("weights")
 
 
-def _fingerprint(weights: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(weights.items()):
-        digest.update(name.encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def open_tokenizer(name_or_dir: str | Path) -> Tokenizer:
     """`load_codec` for training, which also takes the hub id of a model."""
     name = str(name_or_dir)
@@ -267,22 +260,36 @@ def load_codec(name_or_dir: str | Path, device: str | torch.device = "cpu") -> T
     return load_tokenizer(resolve(BOX) if str(name_or_dir) == BOX else name_or_dir, device=device)
 
 
-def describe(name_or_dir: str | Path) -> dict[str, Any]:
-    """What `hybridlm info` shows of a model's, an enhancer's or a tokenizer's folder, without loading any weights.
+def describe(name_or_dir: str | Path, adapter: str | Path | None = None) -> dict[str, Any]:
+    """What `hybridlm info` shows of a folder of a model, adapter, enhancer or tokenizer, without loading any weights.
+
+    Args:
+        name_or_dir: "box", a folder or a hub id.
+        adapter: An adapter to show beside a model.
 
     Returns:
         name, folder, type, and for a model num_parameters, size_mb, tags, tokenizer, model (its configuration) and
-        card (Markdown); for an enhancer or a tokenizer its configuration.
+        card (Markdown), and `adapter`, where one is given; for an adapter its base and rank; for an enhancer or a
+        tokenizer its configuration.
+
+    Raises:
+        UserError: nothing of the kind, or an adapter of another model.
     """
     folder = resolve(name_or_dir)
-    config = _read_own_config(folder)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     facts: dict[str, Any] = {"name": str(name_or_dir), "folder": str(folder), "size_mb": round(size / 1e6, 2)}
+    if is_adapter(folder):
+        return {**facts, **describe_adapter(folder)}
+    config = _read_own_config(folder)
     if "type" in config and "format" not in config:
         kind = ENHANCER if config["type"] == ENHANCER else f"tokenizer ({config['type']})"
         return {**facts, "type": kind, "config": config}
     config = read_config(folder)
     tokenizer = read_json(folder / "tokenizer" / "config.json")
+    if adapter is not None:
+        mine = Base(name=str(name_or_dir), weights=config["weights"], tokenizer=config["tokenizer"]["fingerprint"])
+        check_base(resolve(adapter), mine)
+        facts["adapter"] = {**describe_adapter(resolve(adapter)), "folder": str(resolve(adapter)), "card": None}
     card = folder / "README.md"
     return {
         **facts,

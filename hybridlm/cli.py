@@ -68,6 +68,10 @@ TokenizerOption = Annotated[
 DataOption = Annotated[
     Path, typer.Option("--data", metavar="FOLDER_OR_MANIFEST", help="A folder of audio, or a JSONL manifest.")
 ]
+AdapterOption = Annotated[
+    str | None,
+    typer.Option("--adapter", metavar="DIR", help="An adapter that `finetune --lora` made of this model."),
+]
 JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here too.")]
 Overrides = Annotated[
     list[str] | None,
@@ -114,6 +118,7 @@ def demo(
 @app.command()
 def generate(
     model: ModelOption = "box",
+    adapter: AdapterOption = None,
     text: Annotated[str | None, typer.Option(help="What to say.", callback=_check_text)] = None,
     tag: Annotated[list[str] | None, typer.Option(help="What it should be; may be repeated.")] = None,
     audio: Annotated[Path | None, typer.Option(metavar="PROMPT", help="A recording to continue.")] = None,
@@ -141,6 +146,7 @@ def generate(
 
     run(
         model=model,
+        adapter=adapter,
         text=text,
         tags=tag or (),
         audio=audio,
@@ -258,20 +264,43 @@ def _sound(model: HybridLM, tokenizer: Tokenizer, text: TextTokenizer) -> list[S
 @app.command()
 def finetune(
     data: DataOption,
-    output: Annotated[Path, typer.Option(metavar="DIR", help="Where the new model goes.")],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Where the new model, or the adapter, goes.")],
     model: ModelOption = "box",
+    lora: Annotated[bool, typer.Option("--lora", help="Train a small adapter, and leave the model as it is.")] = False,
+    rank: Annotated[int | None, typer.Option(metavar="R", help="Of the adapter's additions; 16 if not given.")] = None,
+    old_data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="MANIFEST", help="Recordings of what the model should not forget, scored before and after."
+        ),
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Continue a model's training on a folder of your own recordings, with or without transcripts."""
+    """Continue a model's training on your own recordings, with or without transcripts."""
     from training.finetune import run
 
-    run(model, data, output, overrides or [])
+    run(model, data, output, overrides or [], lora=lora, rank=rank, old_data=old_data, sampler=_sound)
+
+
+@app.command()
+def merge(
+    adapter: Annotated[str, typer.Option(metavar="DIR", help="An adapter that `finetune --lora` made.")],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Where the model goes.")],
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME_OR_DIR", help="Its base, if not the one that the adapter names.")
+    ] = None,
+) -> None:
+    """Write an adapter into its base's weights, as a model's folder of its own."""
+    from hybridlm.merge import run
+
+    run(adapter, output, model)
 
 
 @app.command()
 def evaluate(
     data: DataOption,
     model: ModelOption = "box",
+    adapter: AdapterOption = None,
     split: Annotated[str, typer.Option(help="Clips of this split, and those that name none.")] = "test",
     json_file: JsonOption = None,
     picture: Annotated[
@@ -282,7 +311,7 @@ def evaluate(
     """Measure a model's likelihood of recordings: nats a frame, bits per second of audio, 95 % intervals."""
     from training.evaluate import run
 
-    run(model, data, split, json_file, picture=picture)
+    run(model, data, split, json_file, adapter=adapter, picture=picture)
 
 
 @app.command()
@@ -354,6 +383,7 @@ def probe(
 @app.command()
 def info(
     name_or_dir: Annotated[str, typer.Argument(metavar="NAME_OR_DIR", help="'box', a folder or a hub id.")] = "box",
+    adapter: AdapterOption = None,
 ) -> None:
     """Show what a model's folder holds: size, configuration, tokenizer, tags, licences."""
     from rich.console import Console
@@ -362,7 +392,7 @@ def info(
 
     from hybridlm.checkpoint import describe
 
-    facts = describe(name_or_dir)
+    facts = describe(name_or_dir, adapter)
     card = facts.pop("card", "")
     table = Table(show_header=False, box=None)
     for key, value in facts.items():

@@ -29,6 +29,7 @@ SUBTYPES = {".wav": "PCM_16", ".flac": "PCM_16"}
 def run(
     *,
     model: str | Path = "box",
+    adapter: str | Path | None = None,
     text: str | None = None,
     tags: Sequence[str] = (),
     audio: str | Path | None = None,
@@ -43,6 +44,7 @@ def run(
 
     Args:
         model: "box", a model's folder or a hub id.
+        adapter: An adapter of that model.
         text: What to say; None for music, sound or a continuation.
         tags: Names of tags, such as "music".
         audio: A recording to continue.
@@ -65,7 +67,7 @@ def run(
     paths = output_paths(Path(output), num_samples)
     check_writable(paths[0])
     seed = secrets.randbelow(2**31) if seed is None else seed
-    audio_model = load(model, device=device)
+    audio_model = load(model, device=device, adapter=adapter)
     began = time.perf_counter()
     made = audio_model.generate(
         text=text,

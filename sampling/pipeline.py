@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hybridlm.checkpoint import load_model
+from hybridlm.adapter import Base, adapter_names, load_adapter, use_adapter
+from hybridlm.checkpoint import load_model, resolve
 from hybridlm.config import ModelConfig
 from hybridlm.model import HybridLM
 from sampling.controls import Controls, changed
@@ -71,11 +72,39 @@ class AudioModel:
         model: In evaluation mode.
         tokenizer: The one whose frames the model was trained on.
         text: The text pieces and tags of its prefix.
+        base: Which weights the model has, so that adapters can be told to be of this model.
     """
 
-    def __init__(self, model: HybridLM, tokenizer: Tokenizer, text: TextTokenizer) -> None:
-        self.model, self.tokenizer, self.text = model, tokenizer, text
+    def __init__(self, model: HybridLM, tokenizer: Tokenizer, text: TextTokenizer, base: Base | None = None) -> None:
+        self.model, self.tokenizer, self.text, self.base = model, tokenizer, text, base
         self.sample_rate_hz = tokenizer.sample_rate_hz
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the adapters that are loaded."""
+        return adapter_names(self.model)
+
+    def add_adapter(self, folder: str | Path, name: str) -> None:
+        """Load an adapter beside those that are loaded, and use it.
+
+        Args:
+            folder: Made by `hybridlm finetune --lora`, or a hub id.
+            name: For `use_adapter`.
+
+        Raises:
+            UserError: a name that is taken, or an adapter that is damaged or of another model.
+        """
+        if self.base is None:
+            raise ValueError("this model was not read from a folder, so no adapter can be told to be of it")
+        load_adapter(self.model, resolve(folder), self.base, name=name)
+
+    def use_adapter(self, name: str | None) -> None:
+        """Switch to an adapter; None: to none, which gives exactly the model's own output.
+
+        Raises:
+            UserError: no adapter of that name is loaded.
+        """
+        use_adapter(self.model, name)
 
     @property
     def tags(self) -> list[str]:
@@ -335,18 +364,31 @@ class AudioModel:
         return waveform, lengths
 
 
-def load(name_or_dir: str | Path = "box", device: str = "cpu") -> AudioModel:
+def load(
+    name_or_dir: str | Path = "box",
+    device: str = "cpu",
+    adapter: str | Path | Mapping[str, str | Path] | None = None,
+) -> AudioModel:
     """Load a model that generates.
 
     Args:
-        name_or_dir: "box", the model inside the package; a model's folder; or a Hugging Face hub id.
+        name_or_dir: "box", the model inside the package; a model's folder; an adapter's, which is read onto the base
+            that it names; or a Hugging Face hub id.
         device: "cpu", "cuda", ...
+        adapter: An adapter's folder or hub id; or several, by name, of which the first is in use
+            (`AudioModel.use_adapter`).
 
     Raises:
-        UserError: when there is no such model or device, or the folder is damaged.
+        UserError: when there is no such model or device, a folder is damaged, or an adapter is of another model.
     """
-    checkpoint = load_model(name_or_dir, device=device)
-    return AudioModel(checkpoint.model, checkpoint.tokenizer, checkpoint.text)
+    several = dict(adapter) if isinstance(adapter, Mapping) else {}
+    found = load_model(name_or_dir, device=device, adapter=None if isinstance(adapter, Mapping) else adapter)
+    model = AudioModel(found.model, found.tokenizer, found.text, found.base)
+    for name, folder in several.items():
+        model.add_adapter(folder, name)
+    if several:
+        model.use_adapter(next(iter(several)))
+    return model
 
 
 def _unpredicted(config: ModelConfig, tokenizer: Tokenizer) -> str | None:

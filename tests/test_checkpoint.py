@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-import hybridlm.checkpoint as checkpoint
 from hybridlm.checkpoint import describe, load_codec, load_model, resolve, save_model
 from tests.support.saved_model import save_tiny_model
 from tests.support.tiny_audio_model import TAGS, tiny_model, tiny_text, tiny_tokenizer
@@ -81,7 +80,7 @@ def test_an_existing_folder_is_replaced(folder: Path) -> None:
     load_model(folder)
 
 
-@pytest.mark.parametrize("name", ["save_file", "_move_into_place"])
+@pytest.mark.parametrize("name", ["hybridlm.checkpoint.save_file", "hybridlm.folder._move_into_place"])
 def test_a_full_disk_leaves_the_old_model_and_nothing_else(
     folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -89,7 +88,7 @@ def test_a_full_disk_leaves_the_old_model_and_nothing_else(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     before = contents(folder)
-    monkeypatch.setattr(checkpoint, name, full)
+    monkeypatch.setattr(name, full)
     with pytest.raises(UserError, match=r"can't write .* \(No space left on device\).*unchanged"):
         save_tiny_model(folder, stop_bias=1.0)
     assert contents(folder) == before

@@ -23,7 +23,17 @@ from tokenizer.errors import UserError
 CONTRACT = {
     "demo": {"--output-dir"},
     "generate": {
-        *("--model", "--text", "--tag", "--audio", "--duration", "--num-samples", "--seed", "--temperature"),
+        *(
+            "--model",
+            "--adapter",
+            "--text",
+            "--tag",
+            "--audio",
+            "--duration",
+            "--num-samples",
+            "--seed",
+            "--temperature",
+        ),
         *("--latent-temperature", "--latent-steps"),
         *("--top-k", "--top-p", "--cfg", "--device", "--output"),
     },
@@ -31,14 +41,15 @@ CONTRACT = {
     "enhance": {"input", "output", "--model", "--phase", "--device", "--json"},
     "prepare": {"source", "--output", "--tokenizer", "--workers", "--audio", "--sample-rate", "--split"},
     "train": {"config", "overrides", "--resume"},
-    "finetune": {"--model", "--data", "--output", "overrides"},
-    "evaluate": {"--model", "--data", "--split", "--json", "--picture"},
+    "finetune": {"--model", "--data", "--output", "--lora", "--rank", "--old-data", "overrides"},
+    "merge": {"--model", "--adapter", "--output"},
+    "evaluate": {"--model", "--adapter", "--data", "--split", "--json", "--picture"},
     "compare": {"recipe", "overrides", "--seeds", "--output", "--report", "--jobs", "--one"},
     "probe": {
         *("--data", "--label", "--tokenizer", "--input", "--method", "--where", "--folds", "--leave-out", "--split"),
         *("--device", "--seed", "--json"),
     },
-    "info": {"name_or_dir"},
+    "info": {"name_or_dir", "--adapter"},
 }
 
 

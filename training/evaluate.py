@@ -83,6 +83,7 @@ def run(
     split: str | None = "test",
     json_file: Path | None = None,
     *,
+    adapter: str | Path | None = None,
     device: str | None = "cpu",
     rules: Sequence[TagRule] = (),
     with_text: bool = True,
@@ -96,6 +97,7 @@ def run(
         data: A manifest, a folder of audio, or a cache made by `hybridlm prepare` with the model's tokenizer.
         split: Only clips of this split and those without one; None: all.
         json_file: Where the figures go, with those of every clip.
+        adapter: An adapter of that model.
         device: Where to compute.
         rules: Tags and use of text by label, as in training; none: as the manifest has them.
         with_text: Whether the model is told text and tags.
@@ -106,16 +108,17 @@ def run(
         UserError: a model or data that can't be read, or no clip of that split.
     """
     console = console or Console()
-    found = load_model(model, device)
+    found = load_model(model, device, adapter)
+    name = str(model) if adapter is None else f"{model} with {adapter}"
     with tempfile.TemporaryDirectory(prefix="hybridlm-evaluate-") as scratch:
         cache = open_data(Path(data), found, Path(scratch), split=split, rules=rules)
         positions = PositionNLL(found.model.config.output_codebooks, found.model.config.frame_rate_hz)
         result = evaluate(found, cache, with_text=with_text, positions=positions)
-    _print(console, result, str(model), str(data), split)
+    _print(console, result, name, str(data), split)
     if json_file is not None:
-        _write(Path(json_file), result, model=str(model), data=str(data), split=split)
+        _write(Path(json_file), result, model=name, data=str(data), split=split)
     if picture is not None:
-        positions.write_picture(Path(picture), f"{model} ({result.report.representation}) on {data}")
+        positions.write_picture(Path(picture), f"{name} ({result.report.representation}) on {data}")
     return result
 
 
@@ -187,6 +190,7 @@ def score_clips(
     with_text: bool = True,
     batch_frames: int = BATCH_FRAMES,
     positions: PositionNLL | None = None,
+    indices: Sequence[int] | None = None,
 ) -> Iterator[ScoredClip]:
     """Likelihood of every clip, in the cache's order; what else is in a batch changes nothing.
 
@@ -198,14 +202,16 @@ def score_clips(
         with_text: Whether the model is told text and tags.
         batch_frames: Frames a batch, padding counted; it bounds memory.
         positions: Also counts every frame by its place in the clip.
+        indices: Only these clips of the cache.
     """
     pending: list[CachedClip] = []
     frames = 0
-    for index in range(len(cache)):
+    indices = range(len(cache)) if indices is None else indices
+    for number, index in enumerate(indices, start=1):
         pending.append(noised(found, cache, index))
         frames += len(pending[-1].latents)
         # Sorting windows by length within a few batches' worth of clips saves padding.
-        if frames >= 10 * batch_frames or index == len(cache) - 1:
+        if frames >= 10 * batch_frames or number == len(indices):
             yield from _score(found, cache, pending, window_frames, with_text, batch_frames, positions)
             pending, frames = [], 0
 

@@ -1,38 +1,46 @@
-"""`hybridlm finetune`: go on training a model on someone's recordings, with or without transcripts."""
+"""`hybridlm finetune`: go on training a model on someone's recordings, with or without transcripts.
+
+Either all weights move and a model's folder results, or, with LoRA, a small adapter is trained beside them.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
+from hybridlm.adapter import LoraConfig, adapter_names, adapter_size, is_adapter, save_adapter
 from hybridlm.checkpoint import Checkpoint, load_model, resolve, save_model
 from hybridlm.likelihood import bits_per_second
-from tokenizer.audio import audio_info
 from tokenizer.errors import UserError
 from tokenizer.settings import from_mapping
-from training.align import FILE_NAME as ALIGNMENT
-from training.align import align_caches
-from training.config import apply_overrides
+from training.adapter_task import AdapterTask
+from training.config import RunConfig, apply_overrides
 from training.config import resolve as resolve_config
-from training.corpus import TokenCache, prepare
-from training.examples import GOES_ON
-from training.language_task import LanguageTask, LanguageTaskConfig
+from training.corpus import TokenCache
+from training.finetune_data import Prepared, align_texts, prepare_recordings
+from training.finetune_report import (
+    Change,
+    OutputChange,
+    changes_nothing,
+    compare,
+    compare_output,
+    old_recordings,
+    write_report,
+)
+from training.language_task import LanguageTask, LanguageTaskConfig, Sampler
 from training.loop import RunResult, fit
-from training.manifest import Clip, Manifest, read_manifest
 from training.state import checkpoints
 
-SPEECH_TAG = "speech"
 HELD_OUT = 0.1
-PIECE_SECONDS = 20.0
-"""About what recordings without text are cut into."""
+LEARNING_RATE, LORA_LEARNING_RATE = 2e-4, 2e-3
+"""Adapters want about ten times the rate of full training (Schulman et al. 2025, "LoRA Without Regret")."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +52,8 @@ class FinetuneConfig:
     `speech` for clips that have text and no tag."""
     passes: float = 15.0
     """Times that the recordings are gone through, unless `max_steps` is given."""
+    alpha: float | None = None
+    """Of an adapter: what it adds is scaled by alpha / rank; None: twice the rank."""
 
     def __post_init__(self) -> None:
         if not self.passes > 0:
@@ -61,20 +71,41 @@ class FinetuneResult:
     """Held-out figures of the model before, in nats a frame: `codes`, `latents`, `stop`, and `loss`, their sum."""
     after: dict[str, float]
     """Of the model that was saved."""
+    held_out: Change | None = None
+    """The same clips scored by both models as `hybridlm evaluate` does; None when interrupted."""
+    old: Change | None = None
+    """Of `old_data`."""
+    outputs: tuple[OutputChange, ...] = ()
+    """What both make at a fixed seed, where a sampler is given."""
+    changes_nothing: bool = False
 
 
 def run(
-    model: str | Path, data: Path, output: Path, overrides: Sequence[str] = (), *, console: Console | None = None
+    model: str | Path,
+    data: Path,
+    output: Path,
+    overrides: Sequence[str] = (),
+    *,
+    lora: bool = False,
+    rank: int | None = None,
+    old_data: Path | None = None,
+    sampler: Sampler | None = None,
+    console: Console | None = None,
 ) -> FinetuneResult:
-    """Fine-tune a model and save a complete model folder.
+    """Fine-tune a model and save a complete model folder, or an adapter's.
 
     The best weights on a held-out tenth are kept; if training makes nothing better, they are the model's own.
 
     Args:
         model: "box", a folder or a hub id.
         data: A manifest, a folder of audio, or a cache made by `hybridlm prepare` with the model's tokenizer.
-        output: The new model's folder; `run/` inside has the log, `tokens/` the encoded recordings.
+        output: The new model's or adapter's folder; `run/` inside has the log, `tokens/` the encoded recordings,
+            `finetune.json` the figures.
         overrides: `key.sub=value` for `FinetuneConfig` and `training.config.RunConfig`.
+        lora: Train an adapter and leave the model's weights as they are.
+        rank: The adapter's; None: 16.
+        old_data: Recordings of what the model should not forget, scored before and after.
+        sampler: Makes a model sound, to tell whether its output changed; training itself does not know sampling.
         console: Where the figures go; standard output by default.
 
     Raises:
@@ -82,29 +113,56 @@ def run(
     """
     console = console or Console()
     output = Path(output)
-    if (output / "config.json").exists():
+    if (output / "config.json").exists() or is_adapter(output):
         raise UserError(f"--output {output} holds a model already; choose another folder")
+    if rank is not None and not lora:
+        raise UserError(f"--rank {rank} is an adapter's; add --lora, or leave it out")
     start = load_model(model)
+    if adapter_names(start.model):
+        raise UserError(f"model {str(model)!r} is an adapter; merge it (`hybridlm merge`) and fine-tune the result")
     own, run_overrides = _split(overrides)
     config = from_mapping(FinetuneConfig, apply_overrides({}, own), where="finetune")
+    size = (
+        from_mapping(LoraConfig, {"rank": 16 if rank is None else rank, "alpha": config.alpha}, where="finetune")
+        if lora
+        else None
+    )
     for tag in config.tags or ():
         start.text.tag_id(tag)
-    cache = _tokens(Path(data), output, start, config, console)
+    prepared = prepare_recordings(Path(data), output / "tokens", start, config.tags)
+    old = None if old_data is None else old_recordings(Path(old_data), output / "old-tokens", start)
+    notes = list(prepared.notes)
     if start.model.reader is not None:
-        _align(cache, console)
-    mapping = apply_overrides(_defaults(str(model), cache, output, config, start), run_overrides)
+        notes += [note] if (note := align_texts(prepared.cache)) else []
+    mapping = apply_overrides(_defaults(str(model), prepared.cache, output, config, start, lora), run_overrides)
     run_config, task_config, resolved = resolve_config(mapping, LanguageTaskConfig, where="finetune")
     torch.manual_seed(run_config.seed)
-    task = LanguageTask(task_config, output=Path(run_config.output), start=start)
-    if task.validation_data is None:
-        _say(console, "too few recordings to hold any out: the figures are of the training clips themselves")
-    minutes = task.train_data.duration_s / 60
-    _say(console, f"{len(task.train_data)} clips, {minutes:.1f} min; at most {run_config.max_steps} steps")
+    task = _task(task_config, run_config, start, size)
+    if size is not None:
+        resolved["lora"] = asdict(size)
+    for note in [*notes, *_plan(task, run_config, config, size)]:
+        _say(console, note)
     result = fit(task, run_config, resolved, resume=bool(checkpoints(Path(run_config.output))))
-    if result.finished:
-        _save(result, output, str(model), task)
-    _report(console, result, output, start)
-    return FinetuneResult(output=output, finished=result.finished, before=dict(result.first), after=dict(result.best))
+    if not result.finished:
+        _say(console, f"interrupted at step {result.step}; the same command goes on")
+        return FinetuneResult(output=output, finished=False, before=dict(result.first), after=dict(result.best))
+    tuned = _save(result, output, str(model), task)
+    held_out = compare(start, tuned, task.validation_data or task.train_data)
+    forgotten = None if old is None else dataclasses.replace(compare(start, tuned, old[0]), of_clips=old[1])
+    outputs = [] if sampler is None else compare_output(start, tuned, sampler)
+    done = FinetuneResult(
+        output=output,
+        finished=True,
+        before=dict(result.first),
+        after=dict(result.best),
+        held_out=held_out,
+        old=forgotten,
+        outputs=tuple(outputs),
+        changes_nothing=changes_nothing(held_out, outputs),
+    )
+    _report(console, done, start, lora)
+    write_report(output, _figures(done, result, start, prepared, task, run_config, size))
+    return done
 
 
 def _split(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -114,66 +172,9 @@ def _split(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
     return own, [override for override in overrides if override not in own]
 
 
-def _tokens(data: Path, output: Path, start: Checkpoint, config: FinetuneConfig, console: Console) -> Path:
-    """The cache to train on, encoded now unless the data is one."""
-    if (data / "meta.json").is_file():
-        return data
-    manifest = read_manifest(data)
-    dropped: set[str] = set()
-    clips = [_tagged(part, config, start, dropped) for clip in manifest.clips for part in _pieces(clip)]
-    if dropped:
-        _say(console, f"tags that the model does not know are left out: {', '.join(sorted(dropped))}")
-    manifest = Manifest(source=manifest.source, clips=clips, problems=manifest.problems)
-    prepare(manifest, output / "tokens", start.tokenizer, workers=1)
-    return output / "tokens"
-
-
-def _align(cache: Path, console: Console) -> None:
-    """Tell a model that reads where the texts are spoken; it learns to read on its own where they are too few."""
-    if (cache / ALIGNMENT).exists():
-        return
-    try:
-        count = align_caches([cache])
-    except UserError as error:
-        _say(console, f"texts are not aligned: {error}")
-    else:
-        _say(console, f"{count} texts aligned with their recordings")
-
-
-def _pieces(clip: Clip) -> Iterator[Clip]:
-    """Cut a long recording without text, so that a part of it can be held out; pieces know that they go on."""
-    if clip.text:
-        yield clip
-        return
-    start = clip.start or 0.0
-    try:
-        end = clip.end if clip.end is not None else audio_info(clip.path).duration_s
-    except UserError:  # `prepare` counts and reports what can't be read
-        end = start
-    count = max(round((end - start) / PIECE_SECONDS), 1)
-    borders = [start + (end - start) * number / count for number in range(count + 1)]
-    if count == 1:
-        yield clip
-        return
-    for number, (first, last) in enumerate(itertools.pairwise(borders)):
-        labels = clip.labels if number == count - 1 else {**clip.labels, GOES_ON: "yes"}
-        yield dataclasses.replace(
-            clip, start=first, end=last, key=f"{clip.key}#{first:g}-{last:g}", duration=last - first, labels=labels
-        )
-
-
-def _tagged(clip: Clip, config: FinetuneConfig, start: Checkpoint, dropped: set[str]) -> Clip:
-    known = start.text.tags
-    if config.tags is not None:
-        return dataclasses.replace(clip, tags=config.tags)
-    dropped.update(tag for tag in clip.tags if tag not in known)
-    tags = tuple(tag for tag in clip.tags if tag in known)
-    if not tags and clip.text and SPEECH_TAG in known:
-        tags = (SPEECH_TAG,)
-    return dataclasses.replace(clip, tags=tags)
-
-
-def _defaults(model: str, cache: Path, output: Path, config: FinetuneConfig, start: Checkpoint) -> dict[str, Any]:
+def _defaults(
+    model: str, cache: Path, output: Path, config: FinetuneConfig, start: Checkpoint, lora: bool
+) -> dict[str, Any]:
     """Settings fit for minutes to hours of recordings: a step sees at most a quarter of them."""
     rows = TokenCache(cache, tokenizer=start.tokenizer, split="train").index.rows
     frames = int(rows.sum())
@@ -192,7 +193,10 @@ def _defaults(model: str, cache: Path, output: Path, config: FinetuneConfig, sta
         "keep_checkpoints": 1,
         "log_every": max(every // 5, 1),
         "patience": 3,
-        "optimizer": {"learning_rate": 2e-4, "warmup_steps": max(steps // 20, 1)},
+        "optimizer": {
+            "learning_rate": LORA_LEARNING_RATE if lora else LEARNING_RATE,
+            "warmup_steps": max(steps // 20, 1),
+        },
         "language": {
             "tokenizer": model,
             "data": {
@@ -205,12 +209,45 @@ def _defaults(model: str, cache: Path, output: Path, config: FinetuneConfig, sta
     }
 
 
-def _save(result: RunResult, output: Path, model: str, task: LanguageTask) -> None:
-    """Turn the best model of the run into `output`, and drop what only the run needed."""
-    best = load_model(result.output / "best")
-    save_model(output, best.model, best.tokenizer, best.text, card=_card(result, model, task))
+def _task(config: LanguageTaskConfig, run: RunConfig, start: Checkpoint, size: LoraConfig | None) -> LanguageTask:
+    if size is None:
+        return LanguageTask(config, output=Path(run.output), start=start)
+    assert start.base is not None
+    return AdapterTask(config, size, output=Path(run.output), start=start, base=start.base, seed=run.seed)
+
+
+def _plan(task: LanguageTask, run: RunConfig, config: FinetuneConfig, size: LoraConfig | None) -> list[str]:
+    """What will be done, and why so: the settings that were found from the recordings."""
+    data, frames = task.train_data, int(task.train_data.index.rows.sum())
+    batch = task.config.data.batch_frames
+    if task.validation_data is None:
+        held_out = "too few recordings to hold any out: the figures are of the training clips themselves"
+    else:
+        held_out = f"{len(task.validation_data)} clips are held out"
+    if size is None:
+        what = f"all {task.model.num_parameters():,} weights"
+    else:
+        alpha = 2 * size.rank if size.alpha is None else size.alpha
+        what = f"an adapter (LoRA, rank {size.rank}, alpha {alpha:g}) of {adapter_size(task.model):,} weights"
+    patience = "" if run.patience is None else f", ended by {run.patience} in a row without improvement"
+    return [
+        f"{len(data)} clips, {data.duration_s / 60:.1f} min to train on; {held_out}",
+        f"training {what}: at most {run.max_steps} steps of {batch} frames, {run.max_steps * batch / frames:.1f} "
+        f"passes, learning rate {run.optimizer.learning_rate:g}; validated every {run.validate_every} steps{patience}",
+    ]
+
+
+def _save(result: RunResult, output: Path, model: str, task: LanguageTask) -> Checkpoint:
+    """Turn the best of the run into `output`, drop what only the run needed, and return the model that was saved."""
+    if isinstance(task, AdapterTask):
+        best = load_model(model, adapter=result.output / "best")
+        save_adapter(output, best.model, task.base, card=_card(result, model, task))
+    else:
+        best = load_model(result.output / "best")
+        save_model(output, best.model, best.tokenizer, best.text, card=_card(result, model, task))
     for name in ("checkpoints", "model", "best"):
         shutil.rmtree(result.output / name, ignore_errors=True)
+    return best
 
 
 def _card(result: RunResult, model: str, task: LanguageTask) -> str:
@@ -222,8 +259,9 @@ def _card(result: RunResult, model: str, task: LanguageTask) -> str:
     )
     base = resolve(model) / "README.md"
     rest = f"\n# The model it began as\n\n{base.read_text(encoding='utf-8')}" if base.is_file() else ""
+    kind = "An adapter, fine-tuned" if isinstance(task, AdapterTask) else "Fine-tuned"
     return (
-        f"# Fine-tuned from `{Path(model).name}`\n\n"
+        f"# {kind} from `{Path(model).name}`\n\n"
         f"On {len(data)} clips, {data.duration_s / 60:.1f} minutes. The rights of these recordings, and of whoever "
         "speaks in them, go along with the weights.\n\n"
         f"Nats a frame ({rate:g} frames a second; latents noised with sigma = {task.model.config.sigma:g}, scale floor "
@@ -232,21 +270,67 @@ def _card(result: RunResult, model: str, task: LanguageTask) -> str:
     )
 
 
-def _report(console: Console, result: RunResult, output: Path, start: Checkpoint) -> None:
-    if not result.finished:
-        _say(console, f"interrupted at step {result.step}; the same command goes on")
-        return
+def _report(console: Console, done: FinetuneResult, start: Checkpoint, lora: bool) -> None:
     rate = start.model.config.frame_rate_hz
-    for name, figures in (("before", result.first), ("after", result.best)):
+    for name, figures in (("before", done.before), ("after", done.after)):
         streams = ", ".join(f"{key} {figures[key]:.3f}" for key in ("codes", "latents", "stop"))
         _say(
             console,
             f"{name}: {figures['loss']:.3f} nats a frame ({streams}), "
             f"{bits_per_second(figures['loss'], rate):.1f} bits a second of audio, on held-out clips",
         )
-    if result.best["loss"] >= result.first["loss"]:
+    if done.held_out is not None:
+        _say(console, f"held-out recordings: {done.held_out.line()}")
+    if done.old is not None:
+        _say(console, f"old recordings: {done.old.line()}")
+        if done.old.difference.low > 0:
+            _say(console, "the model forgot: the old recordings are less likely than before")
+    for change in done.outputs:
+        _say(console, change.line())
+    what = "adapter" if lora else "model"
+    if done.changes_nothing:
+        _say(console, f"WARNING: this {what} changes nothing: what was saved does exactly what the model did before")
+    if done.after["loss"] >= done.before["loss"]:
         _say(console, "training made nothing better; the saved weights are the model's own")
-    _say(console, f"model: {output}")
+    _say(console, f"{what}: {done.output}")
+
+
+def _figures(
+    done: FinetuneResult,
+    result: RunResult,
+    start: Checkpoint,
+    prepared: Prepared,
+    task: LanguageTask,
+    run: RunConfig,
+    size: LoraConfig | None,
+) -> dict[str, Any]:
+    """The report as plain types."""
+    letters = prepared.letters
+    return {
+        "base": None if start.base is None else start.base._asdict(),
+        "kind": "model" if size is None else "adapter",
+        "lora": None if size is None else asdict(size),
+        "data": {
+            "clips": len(task.train_data),
+            "held_out_clips": 0 if task.validation_data is None else len(task.validation_data),
+            "minutes": task.train_data.duration_s / 60,
+            "skipped": prepared.num_skipped,
+            "texts": letters.num_texts,
+            "texts_with_unknown_letters": letters.num_partly_unknown,
+            "texts_in_another_script": letters.num_foreign,
+            "unknown_letters": dict(letters.scripts),
+        },
+        "steps": result.step,
+        "max_steps": run.max_steps,
+        "batch_frames": task.config.data.batch_frames,
+        "learning_rate": run.optimizer.learning_rate,
+        "before": done.before,
+        "after": done.after,
+        "held_out": None if done.held_out is None else asdict(done.held_out),
+        "old_data": None if done.old is None else asdict(done.old),
+        "outputs": [asdict(change) for change in done.outputs],
+        "changes_nothing": done.changes_nothing,
+    }
 
 
 def _say(console: Console, text: str) -> None:
