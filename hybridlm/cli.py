@@ -297,6 +297,22 @@ def merge(
 
 
 @app.command()
+def doctor(
+    data: DataOption,
+    model: ModelOption = "box",
+    adapter: AdapterOption = None,
+    clips: Annotated[int, typer.Option(metavar="N", help="How many clips are decoded, drawn from all.")] = 200,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; CUDA where there is one if not given.")] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Say what is wrong with recordings, and with a model or adapter on them; exit status 1 if anything is broken."""
+    from training.doctor import is_broken, run
+
+    if is_broken(run(data, model, adapter, num_clips=clips, json_file=json_file, device=device, sampler=_sound)):
+        raise typer.Exit(1)
+
+
+@app.command()
 def evaluate(
     data: DataOption,
     model: ModelOption = "box",

@@ -43,6 +43,7 @@ CONTRACT = {
     "train": {"config", "overrides", "--resume"},
     "finetune": {"--model", "--data", "--output", "--lora", "--rank", "--old-data", "overrides"},
     "merge": {"--model", "--adapter", "--output"},
+    "doctor": {"--data", "--model", "--adapter", "--clips", "--device", "--json"},
     "evaluate": {"--model", "--adapter", "--data", "--split", "--json", "--picture"},
     "compare": {"recipe", "overrides", "--seeds", "--output", "--report", "--jobs", "--one"},
     "probe": {
