@@ -40,7 +40,8 @@ from training.state import checkpoints
 
 HELD_OUT = 0.1
 LEARNING_RATE, LORA_LEARNING_RATE = 2e-4, 2e-3
-"""Adapters want about ten times the rate of full training (Schulman et al. 2025, "LoRA Without Regret")."""
+"""Adapters want about ten times the rate of full training (Schulman et al. 2025, "LoRA Without Regret"); here too, of
+1e-3, 2e-3 and 5e-3 the first learns less, the last forgets far more and learns hardly more (README)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
