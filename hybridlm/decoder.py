@@ -45,14 +45,16 @@ class KeyValueCache:
     length: int
     key_mask: Tensor | None
     """(B, capacity) bool, False for padding; None when no row has padding."""
+    first_layer: int = 0
+    """Number of the layer that `keys[0]` is of."""
 
     @classmethod
-    def empty(cls) -> KeyValueCache:
-        return cls(keys=[], values=[], length=0, key_mask=None)
+    def empty(cls, first_layer: int = 0) -> KeyValueCache:
+        return cls(keys=[], values=[], length=0, key_mask=None, first_layer=first_layer)
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write (B, G, L, E) after the first `length` positions; return views of all keys and values so far."""
-        end = self.length + keys.shape[2]
+        end, layer = self.length + keys.shape[2], layer - self.first_layer
         if layer == len(self.keys):
             self.keys.append(_grow(keys, None, end))
             self.values.append(_grow(values, None, end))
@@ -70,6 +72,7 @@ class KeyValueCache:
             values=[v[rows] for v in self.values],
             length=self.length,
             key_mask=None if self.key_mask is None else self.key_mask[rows],
+            first_layer=self.first_layer,
         )
 
 
@@ -242,20 +245,49 @@ class Decoder(nn.Module):
             text: Asks for the alignment; only in a call that holds the whole sequence.
             after_layer: Given each layer's number and output; returns what the next layer gets.
         """
-        mask = self._visible(x, key_mask, cache)
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        rotation = rotary(positions, self.head_dim, self.rope_theta, dtype)
+        x, alignment = self.run(
+            range(len(self.layers)),
+            x,
+            self.rotation(x, positions),
+            self.visible(x, key_mask, cache),
+            cache=cache,
+            text=text,
+            after_layer=after_layer,
+        )
+        return DecoderOutput(states=self.norm(x), alignment=alignment)
+
+    def run(
+        self,
+        numbers: range,
+        x: Float[Tensor, "B L C"],
+        rotation: tuple[Tensor, Tensor],
+        mask: Bool[Tensor, "B 1 L N"] | Bool[Tensor, "1 1 L N"] | None,
+        *,
+        cache: KeyValueCache | None = None,
+        text: TextKeys | None = None,
+        after_layer: Callable[[int, Tensor], Tensor] | None = None,
+    ) -> tuple[Float[Tensor, "B L C"], Tensor | None]:
+        """Run some of the layers, without the final norm; see `forward`.
+
+        Returns:
+            What the next layer takes, and the alignment if the designated layer was among these.
+        """
         alignment = None
-        for number, layer in enumerate(self.layers):
-            x, found = layer(x, rotation, mask, cache, text)
+        for number in numbers:
+            x, found = self.layers[number](x, rotation, mask, cache, text)
             alignment = found if found is not None else alignment
             if after_layer is not None:
                 x = after_layer(number, x)
         if cache is not None:
             cache.length += x.shape[1]
-        return DecoderOutput(states=self.norm(x), alignment=alignment)
+        return x, alignment
 
-    def _visible(self, x: Tensor, key_mask: Tensor | None, cache: KeyValueCache | None) -> Tensor | None:
+    def rotation(self, x: Tensor, positions: Int[Tensor, "B L"]) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (B, 1, L, E) at these positions, as the layers want them beside x."""
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        return rotary(positions, self.head_dim, self.rope_theta, dtype)
+
+    def visible(self, x: Tensor, key_mask: Tensor | None, cache: KeyValueCache | None) -> Tensor | None:
         """The dense mask (B, 1, L, N), or None where plain causal attention says the same."""
         batch, length, _ = x.shape
         past = 0

@@ -28,6 +28,7 @@ from hybridlm.frame_nll import FrameNLL
 from hybridlm.fusion import CodeEmbedding, FrameFusion, FrameStatistics, ShortContext, history_noise
 from hybridlm.latent_head import GaussianMixture, LatentHead
 from hybridlm.reader import Guide, Page, Reading, TextReader, place_loss
+from hybridlm.walk import Walk, walk
 from tokenizer.frames import AudioFrames
 from tokenizer.transformer import TransformerState
 
@@ -214,8 +215,7 @@ class HybridLM(nn.Module):
         Returns:
             The state that predicts the next frame of each row, and the cache for `step`.
         """
-        guide = self._walk(prefix, prefix_mask, frames) if frames is not None else None
-        x, prefix_mask, reading = self._read_prefix(prefix, prefix_mask, guide)
+        x, prefix_mask, reading = self._read_prefix(prefix, prefix_mask)
         batch, columns = prefix_mask.shape
         key_mask = prefix_mask
         lengths = torch.zeros(batch, dtype=torch.int64, device=prefix.device)
@@ -229,10 +229,11 @@ class HybridLM(nn.Module):
             valid = torch.arange(embedded.shape[1], device=prefix.device) < lengths[:, None]
             key_mask = torch.cat([prefix_mask, valid], dim=1)
         positions = (key_mask.cumsum(dim=1) - 1).clamp(min=0)
-        cache = KeyValueCache.empty()
-        output = self.decoder(
-            x, positions, key_mask=None if bool(key_mask.all()) else key_mask, cache=cache, after_layer=reading
-        )
+        cache, visible = KeyValueCache.empty(), None if bool(key_mask.all()) else key_mask
+        walked = self._walk(reading, x, positions, visible) if frames is not None else None
+        if reading is not None and walked is not None:
+            reading.guide = Guide(before=walked.before)
+        output = self.decoder(x, positions, key_mask=visible, cache=cache, after_layer=reading)
         rows = torch.arange(batch, device=prefix.device)
         h = output.states[rows, columns - 1 + lengths]
         recent = None
@@ -298,48 +299,38 @@ class HybridLM(nn.Module):
         text_mask: Tensor | None,
         guide: Guide | None = None,
     ) -> _Run:
-        if self.reader is not None and not self.training and guide is None:
-            guide = self._walk(prefix, prefix_mask, frames)
-        text, prefix_mask, reading = self._read_prefix(prefix, prefix_mask, guide)
+        text, prefix_mask, reading = self._read_prefix(prefix, prefix_mask)
         columns = prefix_mask.shape[1]
-        if reading is not None:
-            states = frames.latents.shape[1] + 1
-            reading.guide = guide = TextReader.even_guide(reading.page, frames.lengths, states, reading.guide)
         embedded, clean, _ = self._embed(frames.codes, frames.latents, frames.features, generator)
         x = torch.cat([text, embedded.to(text.dtype)], dim=1)
         # Right-padded frames need no mask: causality hides them from all that counts.
         key_mask = F.pad(prefix_mask, (0, embedded.shape[1]), value=True)
         positions = (key_mask.cumsum(dim=1) - 1).clamp(min=0)
-        output = self.decoder(
-            x,
-            positions,
-            key_mask=None if bool(prefix_mask.all()) else key_mask,
-            text=None if text_mask is None else TextKeys(mask=text_mask),
-            after_layer=reading,
-        )
-        h = output.states[:, columns - 1 :]
+        visible = None if bool(prefix_mask.all()) else key_mask
+        walked = self._walk(reading, x, positions, visible) if guide is None and not self.training else None
+        alignment = places = None
+        if walked is not None and text_mask is None and not torch.is_grad_enabled():
+            h, places = walked.states, walked.places
+        else:
+            if reading is not None:
+                guide = guide if walked is None else Guide(before=walked.before)
+                states = frames.latents.shape[1] + 1
+                reading.guide = TextReader.even_guide(reading.page, frames.lengths, states, guide)
+            text_keys = None if text_mask is None else TextKeys(mask=text_mask)
+            output = self.decoder(x, positions, key_mask=visible, text=text_keys, after_layer=reading)
+            h, alignment = output.states[:, columns - 1 :], output.alignment
+            places = None if reading is None else reading.places
         if self.short_context is not None:
             h = h + self.short_context(clean)
-        return _Run(h, output.alignment, None if reading is None else reading.places)
+        return _Run(h, alignment, places)
 
-    @torch.no_grad()
-    def _walk(self, prefix: Tensor, prefix_mask: Tensor, frames: AudioFrames) -> Guide | None:
-        """Where a model with a reader finds its place at each state, found frame by frame; None without any text."""
-        if self.reader is None or not bool((prefix_mask & (prefix >= self.config.first_text_id)).any()):
+    def _walk(self, reading: Reading | None, x: Tensor, positions: Tensor, key_mask: Tensor | None) -> Walk | None:
+        """The way through the text, where there is a reader and any text; without, no place makes a difference."""
+        if reading is None or not bool(reading.page.mask.any()):
             return None
-        cache = self.start(prefix, prefix_mask)[1]
-        assert cache.page is not None
-        before = [torch.zeros_like(cache.page.place)]
-        for t in range(frames.latents.shape[1]):
-            before.append(cache.page.place)
-            features = None if frames.features is None else frames.features[:, t : t + 1]
-            cache = self.step(frames.codes[:, :, t : t + 1], frames.latents[:, t : t + 1], features, cache)[1]
-            assert cache.page is not None
-        return Guide(before=torch.stack(before, dim=1))
+        return walk(self.decoder, reading, x, positions, key_mask)
 
-    def _read_prefix(
-        self, prefix: Tensor, mask: Tensor, guide: Guide | None = None
-    ) -> tuple[Tensor, Tensor, Reading | None]:
+    def _read_prefix(self, prefix: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Reading | None]:
         """Embeddings (B, P', C) of the decoder's prefix and its mask; the reader, if any, with the text opened.
 
         P' is P, or without the text as many columns as any row has tags, and `<audio>`.
@@ -354,7 +345,7 @@ class HybridLM(nn.Module):
             last = tags.to(torch.int8).argsort(dim=1, stable=True)[:, prefix.shape[1] - columns :]
             embeddings = embeddings.gather(1, last[..., None].expand(-1, -1, embeddings.shape[2]))
             mask = tags.gather(1, last)
-        return embeddings, mask, Reading(self.reader, page, mask.shape[1] - 1, guide)
+        return embeddings, mask, Reading(self.reader, page, mask.shape[1] - 1)
 
     def _embed(
         self,

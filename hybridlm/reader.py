@@ -155,9 +155,9 @@ class TextReader(nn.Module):
             x = (x + y) * mask[..., None]  # tags and padding sound like the text's edge
         keys, values = self.keys_values(self.norm(x)).chunk(2, dim=-1)
         shape = (*mask.shape, self.heads, self.head_dim)
-        return Page(
-            keys=keys.view(shape).transpose(1, 2),
-            values=values.view(shape).transpose(1, 2),
+        return Page(  # contiguous: a product with what is not would copy it at every frame
+            keys=keys.view(shape).transpose(1, 2).contiguous(),
+            values=values.view(shape).transpose(1, 2).contiguous(),
             numbers=mask.cumsum(dim=1).float(),
             mask=mask,
             place=torch.zeros(mask.shape[0], device=mask.device),
@@ -205,7 +205,8 @@ class Reading:
         places = glance.move(states, before)
         if glance.shift is not None:
             self.places.append(places)
-        return torch.cat([x[:, : self.first_column], states + glance(states, self.page, places)], dim=1)
+        states = states + glance(states, self.page, places)
+        return torch.cat([x[:, : self.first_column], states], dim=1) if self.first_column else states
 
     @property
     def arrived(self) -> Float[Tensor, "B L"]:

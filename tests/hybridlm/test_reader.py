@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import pytest
 import torch
 
 from hybridlm.model import HybridLM
@@ -45,6 +46,31 @@ def test_every_state_starts_where_the_one_before_arrived() -> None:
     before = torch.cat([torch.zeros(3, 1), places[-1][:, :-1]], dim=1)
     _, given = states_and_places(model, Guide(before=before))
     torch.testing.assert_close(given[-1], places[-1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("text_in_prefix", [True, False])
+def test_the_walk_arrives_where_single_steps_do(text_in_prefix: bool) -> None:
+    """Over rows of different prefixes, the places and states of generation's steps, with gradients and without."""
+    model = tiny_model(**READER, num_layers=3, alignment_heads=0, text_in_prefix=text_in_prefix)
+    prefix, mask = tiny_prefix()
+    prefix, frames = prefix.clamp(min=3), tiny_frames()
+    with torch.no_grad():
+        h, cache = model.start(prefix, mask)
+        states, places = [h], [cache.page.place]  # type: ignore[union-attr]
+        for t in range(9):
+            one = slice(t, t + 1)
+            h, cache = model.step(frames.codes[:, :, one], frames.latents[:, one], None, cache)
+            states.append(h)
+            places.append(cache.page.place)  # type: ignore[union-attr]
+        run = model._run(prefix, mask, frames, None, None)
+    stepped = torch.stack(places, dim=1)
+    assert not mask.all() and stepped.diff(dim=1).std() > 0.01
+    assert run.places is not None and len(run.places) == 2
+    torch.testing.assert_close(run.places[-1], stepped, rtol=0, atol=1e-5)
+    torch.testing.assert_close(run.states, torch.stack(states, dim=1), rtol=0, atol=1e-5)
+    learning = model._run(prefix, mask, frames, None, None)
+    assert learning.states.requires_grad and not run.states.requires_grad
+    torch.testing.assert_close(learning.states.detach(), run.states, rtol=0, atol=1e-5)
 
 
 def test_a_page_holds_the_pieces_and_not_the_tags() -> None:
