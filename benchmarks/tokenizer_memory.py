@@ -43,14 +43,14 @@ def stream_peaks(name: str, minutes: float, threads: int | None = None) -> dict[
     samples = int(PIECE_SECONDS * tokenizer.sample_rate_hz)
     gc.collect()
     _forget_peak()
-    loaded, marks = _peak_bytes(), {}
+    loaded, marks = peak_bytes(), {}
     pieces = max(1, round(60 * minutes / PIECE_SECONDS))
     first = min(pieces, round(60 / PIECE_SECONDS))
     for number in range(1, pieces + 1):
         decoder.push(encoder.push(0.1 * torch.randn(1, 1, samples, generator=generator)).codes)
         if number == first:
-            marks["after_first_minute"] = _peak_bytes() - loaded
-    marks["after_all"] = _peak_bytes() - loaded
+            marks["after_first_minute"] = peak_bytes() - loaded
+    marks["after_all"] = peak_bytes() - loaded
     return {"tokenizer": name, "minutes": pieces * PIECE_SECONDS / 60, "loaded": loaded, **marks}
 
 
@@ -61,7 +61,8 @@ def _forget_peak() -> None:
         raise UserError(f"--hours: peak memory cannot be reset here ({error}); run it on Linux") from error
 
 
-def _peak_bytes() -> int:
+def peak_bytes() -> int:
+    """Peak resident memory of this process so far."""
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
     return 1024 * int(found.group(1))

@@ -318,6 +318,10 @@ def evaluate(
     model: ModelOption = "box",
     adapter: AdapterOption = None,
     split: Annotated[str, typer.Option(help="Clips of this split, and those that name none.")] = "test",
+    batch_size: Annotated[
+        int | None, typer.Option(metavar="N", help="Score at most so many windows at once; by default 2000 frames.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; CUDA where there is one if not given.")] = None,
     json_file: JsonOption = None,
     picture: Annotated[
         Path | None,
@@ -327,7 +331,9 @@ def evaluate(
     """Measure a model's likelihood of recordings: nats a frame, bits per second of audio, 95 % intervals."""
     from training.evaluate import run
 
-    run(model, data, split, json_file, adapter=adapter, picture=picture)
+    run(
+        model, data, split, json_file, adapter=adapter, device=device, batch_size=batch_size, picture=picture
+    )
 
 
 @app.command()

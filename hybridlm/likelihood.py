@@ -144,17 +144,28 @@ def bootstrap_ratio(
     Raises:
         ValueError: without clips, or for sequences of different length.
     """
-    top = torch.tensor(list(numerators), dtype=torch.float64)
+    return bootstrap_ratios([numerators], denominators, seed=seed, num_resamples=num_resamples)[0]
+
+
+def bootstrap_ratios(
+    numerators: Sequence[Sequence[float]], denominators: Sequence[float], *, seed: int = 0, num_resamples: int = 2000
+) -> list[Interval]:
+    """`bootstrap_ratio` of each of several sequences of numerators, for the price of one drawing."""
+    for row in numerators:
+        if len(row) != len(denominators) or len(row) == 0:
+            raise ValueError(
+                f"{len(row)} numerators and {len(denominators)} denominators must be equally many, at least 1"
+            )
+    top = torch.tensor([list(row) for row in numerators], dtype=torch.float64)  # (figures, clips)
     bottom = torch.tensor(list(denominators), dtype=torch.float64)
-    if len(top) != len(bottom) or len(top) == 0:
-        raise ValueError(f"{len(top)} numerators and {len(bottom)} denominators must be equally many, at least 1")
     generator = torch.Generator().manual_seed(seed)
-    ratios = torch.empty(num_resamples, dtype=torch.float64)
+    ratios = torch.empty(len(top), num_resamples, dtype=torch.float64)
     for i in range(num_resamples):
-        drawn = torch.randint(len(top), (len(top),), generator=generator)
-        ratios[i] = top[drawn].sum() / bottom[drawn].sum()
-    low, high = ratios.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Interval(value=(top.sum() / bottom.sum()).item(), low=low, high=high)
+        drawn = torch.randint(len(bottom), (len(bottom),), generator=generator)
+        ratios[:, i] = top[:, drawn].sum(dim=1) / bottom[drawn].sum()
+    values = (top.sum(dim=1) / bottom.sum()).tolist()
+    bounds = ratios.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=1).T.tolist()
+    return [Interval(value=value, low=low, high=high) for value, (low, high) in zip(values, bounds, strict=True)]
 
 
 def paired_difference(
@@ -200,13 +211,19 @@ def summarize(
     """
     scored = [clip for clip in clips if clip.num_frames > 0]
     frames = [clip.num_frames for clip in scored]
+    books = range(config.output_codebooks)
+    figures: dict[str, list[float]] = {"stop": [clip.stop for clip in scored], "total": [clip.total for clip in scored]}
+    if config.uses_codes:
+        figures["codes"] = [sum(clip.codes) for clip in scored]
+    if config.predicts_latents:
+        figures["latents"] = [clip.latents for clip in scored]
+    figures |= {f"nats {k}": [clip.codes[k] for clip in scored] for k in books}
+    figures |= {f"accuracy {k}": [float(clip.correct[k]) for clip in scored] for k in books}
+    intervals = bootstrap_ratios(list(figures.values()), frames, seed=seed, num_resamples=num_resamples)
+    found = dict(zip(figures, intervals, strict=True))
 
-    def interval(values: Sequence[float]) -> Interval:
-        return bootstrap_ratio(values, frames, seed=seed, num_resamples=num_resamples)
-
-    def stream(values: Sequence[float]) -> StreamLikelihood:
-        nats = interval(values)
-        rate = config.frame_rate_hz
+    def stream(name: str) -> StreamLikelihood:
+        nats, rate = found[name], config.frame_rate_hz
         bits = Interval(
             value=bits_per_second(nats.value, rate),
             low=bits_per_second(nats.low, rate),
@@ -214,8 +231,7 @@ def summarize(
         )
         return StreamLikelihood(nats_per_frame=nats, bits_per_second=bits)
 
-    books = range(config.output_codebooks)
-    codebook_nats = tuple(interval([clip.codes[k] for clip in scored]) for k in books)
+    codebook_nats = tuple(found[f"nats {k}"] for k in books)
     return LikelihoodReport(
         num_clips=len(scored),
         num_frames=sum(frames),
@@ -223,11 +239,11 @@ def summarize(
         representation=config.representation,
         sigma=config.sigma,
         scale_floor=config.scale_floor,
-        codes=stream([sum(clip.codes) for clip in scored]) if config.uses_codes else None,
-        latents=stream([clip.latents for clip in scored]) if config.predicts_latents else None,
-        stop=stream([clip.stop for clip in scored]),
-        total=stream([clip.total for clip in scored]),
+        codes=stream("codes") if "codes" in found else None,
+        latents=stream("latents") if "latents" in found else None,
+        stop=stream("stop"),
+        total=stream("total"),
         codebook_nats=codebook_nats,
-        codebook_accuracy=tuple(interval([float(clip.correct[k]) for clip in scored]) for k in books),
+        codebook_accuracy=tuple(found[f"accuracy {k}"] for k in books),
         perplexity=tuple(torch.tensor(nats.value, dtype=torch.float64).exp().item() for nats in codebook_nats),
     )

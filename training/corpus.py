@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,6 +62,15 @@ class CachedClip:
     latents: Float[Tensor, "T D"]
     """float32."""
     features: Float[Tensor, "T F"] | None
+
+    def cut(self, start: int, stop: int) -> CachedClip:
+        """A copy of its frames from `start` to before `stop`: it keeps nothing of the rest."""
+        return replace(
+            self,
+            codes=self.codes[:, start:stop].clone(),
+            latents=self.latents[start:stop].clone(),
+            features=None if self.features is None else self.features[start:stop].clone(),
+        )
 
 
 class TokenCache:
@@ -123,6 +132,14 @@ class TokenCache:
         """Length of a clip in frames."""
         return int(self.index.rows[clip])
 
+    def has_text(self, clip: int) -> bool:
+        """Whether a clip has a text that is used."""
+        return bool(self.index.has_text[clip])
+
+    def all_tags(self) -> list[str]:
+        """Every tag in use, sorted."""
+        return self.index.all_tags()
+
     def read(self, window: Window) -> CachedClip:
         """Read a part of a clip; its text is the whole clip's."""
         index = self.index
@@ -141,13 +158,14 @@ class TokenCache:
             features=torch.from_numpy(arrays["features"].astype(np.float32)) if "features" in arrays else None,
         )
 
-    def frames(self, clips: Sequence[CachedClip]) -> AudioFrames:
-        """Clips as one batch, padded on the right with zeros."""
+    @staticmethod
+    def frames(clips: Sequence[CachedClip]) -> AudioFrames:
+        """Clips of one tokenizer as one batch, padded on the right with zeros."""
         lengths = torch.tensor([clip.latents.shape[0] for clip in clips])
-        longest = int(lengths.max())
-        codes = torch.zeros(len(clips), self.num_codebooks, longest, dtype=torch.int64)
-        latents = torch.zeros(len(clips), longest, self.latent_dim)
-        features = torch.zeros(len(clips), longest, self.feature_dim) if self.feature_dim else None
+        longest, first = int(lengths.max()), clips[0]
+        codes = torch.zeros(len(clips), first.codes.shape[0], longest, dtype=torch.int64)
+        latents = torch.zeros(len(clips), longest, first.latents.shape[1])
+        features = None if first.features is None else torch.zeros(len(clips), longest, first.features.shape[1])
         for row, clip in enumerate(clips):
             length = clip.latents.shape[0]
             codes[row, :, :length] = clip.codes

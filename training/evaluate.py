@@ -10,47 +10,37 @@ Shapes: B batch, T frames, K codebooks, D latent.
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from hybridlm.checkpoint import Checkpoint, load_model
-from hybridlm.frame_nll import FrameNLL
-from hybridlm.likelihood import ClipNLL, LikelihoodReport, StreamLikelihood, clip_nlls, noise_latents, summarize
+from hybridlm.likelihood import ClipNLL, LikelihoodReport, StreamLikelihood, summarize
 from tokenizer.errors import UserError
 from tokenizer.files import replacing
-from tokenizer.frames import AudioFrames
-from training.corpus import CachedClip, TokenCache, prepare
-from training.examples import GOES_ON, MAX_PIECES, clip_seed, make_prefix, with_latents
+from training.audio_clips import AudioClips
+from training.background import in_order
+from training.corpus import CachedClip, TokenCache
 from training.looseness import cell_mass
-from training.manifest import TagRule
+from training.manifest import TagRule, read_manifest
 from training.positions import PositionNLL
+from training.processes import Processes, joined
+from training.scoring import ClipSource, ScoredClip, noised, plan_groups, score_clips, score_group, share_out
+
+__all__ = ["Evaluation", "ScoredClip", "evaluate", "run", "score_clips"]
 
 WINDOW_SECONDS = 30.0
 """Longest piece scored at once; the first half of every later window is context."""
-BATCH_FRAMES = 2000
 CELL_CLIPS, CELL_FRAMES, CELL_LENGTH = 16, 25, 100
-"""Clips, and frames of the first so many of each, from which it is estimated how loose a hybrid's bound is: few, for a
-model that reads walks through them one by one."""
+"""Clips, and frames of the first so many of each, from which it is estimated how loose a hybrid's bound is."""
 GROUP_LABEL = "set"
 """Label of a manifest by which figures are also given apart."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ScoredClip:
-    """The likelihood of one clip."""
-
-    key: str
-    labels: dict[str, str]
-    nll: ClipNLL
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,16 +55,8 @@ class Evaluation:
     """What the figures rest on, beside the model and the data: windows, context, text, tags left out."""
     cell_mass: tuple[float, ...] = ()
     """Of a hybrid model: how tight its bound is (`training.looseness`), by the number of codebooks."""
-
-
-class _Window(NamedTuple):
-    clip: int
-    context: int
-    """First frame seen."""
-    start: int
-    """First frame scored."""
-    stop: int
-    ended: bool
+    skipped: tuple[str, ...] = ()
+    """A line for each clip that could not be read, and so counts nowhere."""
 
 
 def run(
@@ -87,10 +69,11 @@ def run(
     device: str | None = "cpu",
     rules: Sequence[TagRule] = (),
     with_text: bool = True,
+    batch_size: int | None = None,
     picture: Path | None = None,
     console: Console | None = None,
 ) -> Evaluation:
-    """Measure a model and print a table.
+    """Measure a model and print a table; on several processes each takes its share, and the first tells of all.
 
     Args:
         model: "box", a folder or a hub id.
@@ -98,61 +81,157 @@ def run(
         split: Only clips of this split and those without one; None: all.
         json_file: Where the figures go, with those of every clip.
         adapter: An adapter of that model.
-        device: Where to compute.
+        device: Where to compute; None for CUDA where there is one.
         rules: Tags and use of text by label, as in training; none: as the manifest has them.
         with_text: Whether the model is told text and tags.
+        batch_size: Windows scored at once, at most; None: as many as 2000 frames hold.
         picture: Where nats a frame by position in the clip and by codebook are drawn, as a PNG.
         console: Where the table goes; standard output by default.
 
     Raises:
         UserError: a model or data that can't be read, or no clip of that split.
     """
-    console = console or Console()
-    found = load_model(model, device, adapter)
+    if batch_size is not None and batch_size < 1:
+        raise UserError(f"batch_size={batch_size} must be at least 1")
     name = str(model) if adapter is None else f"{model} with {adapter}"
-    with tempfile.TemporaryDirectory(prefix="hybridlm-evaluate-") as scratch:
-        cache = open_data(Path(data), found, Path(scratch), split=split, rules=rules)
+    with joined(device) as processes:
+        with processes.agreed():
+            found = load_model(model, processes.device, adapter)
+            source, problems = open_data(Path(data), found, split=split, rules=rules)
         positions = PositionNLL(found.model.config.output_codebooks, found.model.config.frame_rate_hz)
-        result = evaluate(found, cache, with_text=with_text, positions=positions)
-    _print(console, result, name, str(data), split)
-    if json_file is not None:
-        _write(Path(json_file), result, model=name, data=str(data), split=split)
-    if picture is not None:
-        positions.write_picture(Path(picture), f"{name} ({result.report.representation}) on {data}")
+        result = evaluate(
+            found,
+            source,
+            with_text=with_text,
+            batch_size=batch_size,
+            positions=positions,
+            problems=problems,
+            processes=processes,
+        )
+        with processes.agreed():
+            if processes.rank == 0:
+                _tell(console or Console(), result, name, str(data), split)
+                if json_file is not None:
+                    _write(Path(json_file), result, model=name, data=str(data), split=split)
+                if picture is not None:
+                    title = f"{name} ({result.report.representation}) on {data}"
+                    positions.write_picture(Path(picture), title)
     return result
 
 
 def open_data(
-    data: Path, found: Checkpoint, scratch: Path, *, split: str | None = None, rules: Sequence[TagRule] = ()
-) -> TokenCache:
-    """A cache as it is; audio is encoded by the model's tokenizer into `scratch` first, long clips piece by piece."""
+    data: Path, found: Checkpoint, *, split: str | None = None, rules: Sequence[TagRule] = ()
+) -> tuple[ClipSource, list[str]]:
+    """A cache, or audio that the model's tokenizer encodes when it is asked for; and what was wrong in the manifest."""
     if (data / "meta.json").is_file():
-        return TokenCache(data, tokenizer=found.tokenizer, split=split, rules=rules)
-    folder = scratch / "tokens"
-    console = Console(stderr=True) if Console(stderr=True).is_terminal else Console(file=io.StringIO())
-    report = prepare(data, folder, found.tokenizer, workers=1, split=split, latent_dtype="float32", console=console)
-    if report.problems:
-        problems = Console(stderr=True)
-        text = f"{len(report.problems)} clips skipped, the first: {report.problems[0]}"
-        problems.print(text, markup=False, highlight=False, soft_wrap=True)
-    return TokenCache(folder, tokenizer=found.tokenizer, split=split, rules=rules)
+        return TokenCache(data, tokenizer=found.tokenizer, split=split, rules=rules), []
+    manifest = read_manifest(data, split)
+    return AudioClips(manifest, found.tokenizer, rules), manifest.problems
 
 
 def evaluate(
-    found: Checkpoint, cache: TokenCache, *, with_text: bool = True, positions: PositionNLL | None = None
+    found: Checkpoint,
+    source: ClipSource,
+    *,
+    with_text: bool = True,
+    batch_size: int | None = None,
+    positions: PositionNLL | None = None,
+    problems: Sequence[str] = (),
+    processes: Processes | None = None,
 ) -> Evaluation:
-    """Score every clip of a cache and sum up.
+    """Score every clip and sum up; no audio, frames or outputs outlive their batch.
 
     Args:
         found: Model, tokenizer and text.
-        cache: Frames of the model's tokenizer.
+        source: Clips as frames of the model's tokenizer.
         with_text: Whether the model is told text and tags.
+        batch_size: Windows scored at once, at most.
         positions: Also counts every frame by its place in the clip.
+        problems: What was skipped before.
+        processes: Which of several this one is. All of them get all figures, the same as one alone would.
+
+    Raises:
+        UserError: no clip can be read.
     """
-    config = found.model.config
+    config, processes = found.model.config, processes or Processes()
     window = min(config.max_frames, max(2, round(WINDOW_SECONDS * config.frame_rate_hz)))
-    unknown = sorted({tag for tag in cache.index.all_tags() if tag not in found.text.tags})
-    clips = list(score_clips(found, cache, window_frames=window, with_text=with_text, positions=positions))
+    groups = plan_groups(source, with_text=with_text, batch_size=batch_size)
+    count = min(len(source), CELL_CLIPS) if config.representation == "hybrid" else 0
+    looked_at = {index * len(source) // count for index in range(count)}
+    scored: list[tuple[int, ScoredClip]] = []
+    skipped: list[tuple[int, str]] = []
+    beginnings: list[tuple[int, CachedClip]] = []
+    with processes.agreed():
+        share = share_out(source, groups, processes.count)[processes.rank]
+        for numbers, clips in _ahead(found, source, share, told=processes.rank == 0):
+            good = [(number, clip) for number, clip in zip(numbers, clips, strict=True) if isinstance(clip, CachedClip)]
+            skipped += [(n, str(clip)) for n, clip in zip(numbers, clips, strict=True) if isinstance(clip, UserError)]
+            results = score_group(
+                found,
+                [clip for _, clip in good],
+                window_frames=window,
+                with_text=with_text,
+                batch_size=batch_size,
+                positions=positions,
+            )
+            scored += [(number, result) for (number, _), result in zip(good, results, strict=True)]
+            beginnings += [(n, clip.cut(0, min(window, CELL_LENGTH))) for n, clip in good if n in looked_at]
+    every = processes.gather((scored, skipped, beginnings))
+    by_number = sorted((item for part in every for item in part[0]), key=lambda item: item[0])
+    skipped = sorted(item for part in every for item in part[1])
+    beginnings = sorted((item for part in every for item in part[2]), key=lambda item: item[0])
+    lines = (*problems, *(line for _, line in skipped))
+    with processes.agreed():
+        if not by_number:
+            raise UserError(f"no clip can be read ({len(lines)} problems, the first: {lines[0]})")
+    if positions is not None:
+        positions.join(processes.total)
+    return _summed_up(
+        found,
+        [clip for _, clip in by_number],
+        cell_mass=_cell_mass(found, [clip for _, clip in beginnings], with_text),
+        skipped=lines,
+        conditions={
+            "window_frames": window,
+            "context_frames": window // 2,
+            "with_text": with_text,
+            "unknown_tags": [tag for tag in source.all_tags() if tag not in found.text.tags] if with_text else [],
+        },
+    )
+
+
+def _ahead(
+    found: Checkpoint, source: ClipSource, groups: Sequence[list[int]], *, told: bool
+) -> Iterator[tuple[list[int], list[CachedClip | UserError]]]:
+    """Groups of noised clips, read and encoded while those before are scored."""
+
+    def load(numbers: list[int]) -> list[CachedClip | UserError]:
+        clips: list[CachedClip | UserError] = []
+        for number in numbers:
+            try:
+                clips.append(noised(found, source[number]))
+            except UserError as error:
+                clips.append(error)
+        return clips
+
+    console = Console(stderr=True)
+    quiet = not (told and console.is_terminal)
+    loaded = in_order(groups, load, workers=1)
+    for numbers, clips in track(loaded, "scoring", len(groups), console=console, transient=True, disable=quiet):
+        assert not isinstance(clips, UserError), "a clip's error is in its place"
+        yield numbers, clips
+
+
+def _cell_mass(found: Checkpoint, clips: Sequence[CachedClip], with_text: bool) -> tuple[float, ...]:
+    """Of the beginnings of some clips, evenly spread; nothing for a model that bounds nothing."""
+    if not clips:
+        return ()
+    return cell_mass(found, clips, frames_a_clip=CELL_FRAMES, max_frames=CELL_LENGTH, with_text=with_text)
+
+
+def _summed_up(found: Checkpoint, clips: list[ScoredClip], **rest: Any) -> Evaluation:
+    """The clips' figures together and by set."""
+    config = found.model.config
     by_set: dict[str, list[ClipNLL]] = {}
     for clip in clips:
         if GROUP_LABEL in clip.labels:
@@ -162,164 +241,16 @@ def evaluate(
         report=summarize([clip.nll for clip in clips], config),
         groups={name: summarize(nlls, config, num_resamples=500) for name, nlls in sorted(groups.items())},
         clips=clips,
-        conditions={
-            "window_frames": window,
-            "context_frames": window // 2,
-            "with_text": with_text,
-            "unknown_tags": unknown if with_text else [],
-        },
-        cell_mass=_cell_mass(found, cache, window, with_text),
+        **rest,
     )
 
 
-def _cell_mass(found: Checkpoint, cache: TokenCache, window: int, with_text: bool) -> tuple[float, ...]:
-    """Of some clips, evenly spread; nothing for a model that bounds nothing."""
-    if found.model.config.representation != "hybrid":
-        return ()
-    count = min(len(cache), CELL_CLIPS)
-    clips = [noised(found, cache, index * len(cache) // count) for index in range(count)]
-    return cell_mass(found, clips, frames_a_clip=CELL_FRAMES, max_frames=min(window, CELL_LENGTH), with_text=with_text)
-
-
-@torch.inference_mode()
-def score_clips(
-    found: Checkpoint,
-    cache: TokenCache,
-    *,
-    window_frames: int,
-    with_text: bool = True,
-    batch_frames: int = BATCH_FRAMES,
-    positions: PositionNLL | None = None,
-    indices: Sequence[int] | None = None,
-) -> Iterator[ScoredClip]:
-    """Likelihood of every clip, in the cache's order; what else is in a batch changes nothing.
-
-    Args:
-        found: Model (in evaluation mode), tokenizer and text.
-        cache: Frames of that tokenizer.
-        window_frames: Longest piece scored at once. Later windows of a clip begin with `window_frames // 2` frames of
-            context, and are not told the text, which is read from the clip's beginning.
-        with_text: Whether the model is told text and tags.
-        batch_frames: Frames a batch, padding counted; it bounds memory.
-        positions: Also counts every frame by its place in the clip.
-        indices: Only these clips of the cache.
-    """
-    pending: list[CachedClip] = []
-    frames = 0
-    indices = range(len(cache)) if indices is None else indices
-    for number, index in enumerate(indices, start=1):
-        pending.append(noised(found, cache, index))
-        frames += len(pending[-1].latents)
-        # Sorting windows by length within a few batches' worth of clips saves padding.
-        if frames >= 10 * batch_frames or number == len(indices):
-            yield from _score(found, cache, pending, window_frames, with_text, batch_frames, positions)
-            pending, frames = [], 0
-
-
-def noised(found: Checkpoint, cache: TokenCache, index: int) -> CachedClip:
-    """A clip with noised latents and their codes; found clip by clip, for in a batch a tie could fall otherwise."""
-    clip = cache[index]
-    device = next(found.model.parameters()).device
-    frames = cache.frames([clip])
-    latents = noise_latents(frames.latents, found.model.config.sigma, [clip_seed(clip.key)])
-    if latents is frames.latents:
-        return clip
-    frames = dataclasses.replace(frames, codes=frames.codes.to(device), latents=frames.latents.to(device))
-    noised = with_latents(found.tokenizer, frames, latents.to(device))
-    return dataclasses.replace(clip, codes=noised.codes[0].cpu(), latents=noised.latents[0].cpu())
-
-
-def _score(
-    found: Checkpoint,
-    cache: TokenCache,
-    clips: Sequence[CachedClip],
-    window_frames: int,
-    with_text: bool,
-    batch_frames: int,
-    positions: PositionNLL | None,
-) -> Iterator[ScoredClip]:
-    windows = [window for number, clip in enumerate(clips) for window in _windows(number, clip, window_frames)]
-    windows.sort(key=lambda window: window.stop - window.context)
-    sums: dict[int, ClipNLL] = {}
-    for batch in _batches(windows, batch_frames):
-        scored = _score_batch(found, cache, clips, batch, with_text)
-        if positions is not None:
-            positions.add(scored, [window.context for window in batch])
-        for window, nll in zip(batch, clip_nlls(scored), strict=True):
-            sums[window.clip] = sums[window.clip] + nll if window.clip in sums else nll
-    for number, clip in enumerate(clips):
-        yield ScoredClip(key=clip.key, labels=clip.labels, nll=sums[number])
-
-
-def _windows(number: int, clip: CachedClip, window_frames: int) -> Iterator[_Window]:
-    """Cut a clip so that every frame is scored once."""
-    length, start = len(clip.latents), 0
-    while start < length:
-        context = max(0, start - window_frames // 2)
-        stop = min(length, context + window_frames)
-        yield _Window(number, context, start, stop, stop == length and GOES_ON not in clip.labels)
-        start = stop
-
-
-def _batches(windows: Sequence[_Window], batch_frames: int) -> Iterator[list[_Window]]:
-    """Group windows that are sorted by length."""
-    batch: list[_Window] = []
-    for window in windows:
-        if batch and (len(batch) + 1) * (window.stop - window.context) > batch_frames:
-            yield batch
-            batch = []
-        batch.append(window)
-    if batch:
-        yield batch
-
-
-def _score_batch(
-    found: Checkpoint, cache: TokenCache, clips: Sequence[CachedClip], windows: Sequence[_Window], with_text: bool
-) -> FrameNLL:
-    device = next(found.model.parameters()).device
-    parts, rows = [], []
-    for window in windows:
-        clip, cut = clips[window.clip], slice(window.context, window.stop)
-        parts.append(
-            dataclasses.replace(
-                clip,
-                codes=clip.codes[:, cut],
-                latents=clip.latents[cut],
-                features=None if clip.features is None else clip.features[cut],
-            )
-        )
-        tags = [tag for tag in clip.tags if tag in found.text.tags] if with_text else []
-        rows.append((clip.text if with_text and window.context == 0 else None, tags))
-    prefix = make_prefix(found.text, rows, max_pieces=MAX_PIECES)
-    frames = cache.frames(parts)
-    nll = found.model.nll(
-        prefix.ids.to(device),
-        prefix.mask.to(device),
-        AudioFrames(
-            codes=frames.codes.to(device),
-            latents=frames.latents.to(device),
-            lengths=frames.lengths.to(device),
-            features=None if frames.features is None else frames.features.to(device),
-        ),
-        ended=torch.tensor([window.ended for window in windows], device=device),
-    )
-    return _without_context(nll, [window.start - window.context for window in windows])
-
-
-def _without_context(nll: FrameNLL, context: Sequence[int]) -> FrameNLL:
-    """Drop what is context; the stop before frame t counts with frame t."""
-    first = torch.tensor(context, device=nll.mask.device)[:, None]
-    length = nll.mask.shape[1]
-    frames = torch.arange(length, device=first.device) >= first  # (B, T)
-    states = torch.arange(length + 1, device=first.device) >= first
-    return FrameNLL(
-        codes=nll.codes * frames[:, None],
-        latents=nll.latents * frames,
-        stop=nll.stop * states,
-        correct=nll.correct & frames[:, None],
-        mask=nll.mask & frames,
-        stop_mask=nll.stop_mask & states,
-    )
+def _tell(console: Console, result: Evaluation, model: str, data: str, split: str | None) -> None:
+    """The table; what was skipped goes to standard error."""
+    if result.skipped:
+        text = f"{len(result.skipped)} clips skipped, the first: {result.skipped[0]}"
+        Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+    _print(console, result, model, data, split)
 
 
 def _print(console: Console, result: Evaluation, model: str, data: str, split: str | None) -> None:

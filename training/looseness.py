@@ -15,7 +15,7 @@ import torch
 
 from hybridlm.checkpoint import Checkpoint
 from tokenizer.frames import AudioFrames
-from training.corpus import CachedClip
+from training.corpus import CachedClip, TokenCache
 from training.examples import MAX_PIECES, clip_seed, make_prefix
 
 DRAWS = 4
@@ -29,29 +29,37 @@ def cell_mass(
 
     Args:
         found: A hybrid model, its tokenizer and text.
-        clips: What it is told: codes, of the latents beside them.
+        clips: What it is told: codes, of the latents beside them; all in one batch.
         frames_a_clip: At most so many frames of each, evenly spread.
         max_frames: Of each clip its beginning, at most this much.
         with_text: Whether the model is told text and tags.
     """
     model, device = found.model, next(found.model.parameters()).device
     depth = model.config.output_codebooks
+    clips = [clip.cut(0, max_frames) for clip in clips]
+    rows = [
+        (clip.text if with_text else None, [tag for tag in clip.tags if tag in found.text.tags] if with_text else [])
+        for clip in clips
+    ]
+    prefix = make_prefix(found.text, rows, max_pieces=MAX_PIECES)
+    frames = TokenCache.frames(clips)
+    states = model.states(
+        prefix.ids.to(device),
+        prefix.mask.to(device),
+        AudioFrames(
+            codes=frames.codes.to(device),
+            latents=frames.latents.to(device),
+            lengths=frames.lengths.to(device),
+            features=None if frames.features is None else frames.features.to(device),
+        ),
+    )
     hits, count = torch.zeros(depth, dtype=torch.float64), 0
-    for clip in clips:
-        tags = [tag for tag in clip.tags if tag in found.text.tags] if with_text else []
-        prefix = make_prefix(found.text, [(clip.text if with_text else None, tags)], max_pieces=MAX_PIECES)
-        length = min(max_frames, len(clip.latents))
-        frames = AudioFrames(
-            codes=clip.codes[None, :, :length].to(device),
-            latents=clip.latents[None, :length].to(device),
-            lengths=torch.tensor([length], device=device),
-            features=None if clip.features is None else clip.features[None, :length].to(device),
-        )
-        h = model.states(prefix.ids.to(device), prefix.mask.to(device), frames)[0, :-1]  # (T, C)
-        chosen = torch.linspace(0, length - 1, min(frames_a_clip, length)).round().long().repeat(DRAWS).to(device)
-        given = frames.codes[0, :depth].T[chosen]  # (N, K)
+    for clip, h in zip(clips, states, strict=True):
+        length = len(clip.latents)
+        chosen = torch.linspace(0, length - 1, min(frames_a_clip, length)).round().long().repeat(DRAWS)
+        given = clip.codes[:depth, chosen].T.to(device)  # (N, K)
         generator = torch.Generator().manual_seed(clip_seed(clip.key))
-        drawn = model.latent_distribution(h[chosen], given).sample([generator] * len(chosen))
+        drawn = model.latent_distribution(h[chosen.to(device)], given).sample([generator] * len(chosen))
         codes = found.tokenizer.quantize(drawn[:, None])[:, :depth, 0]  # (N, K)
         hits += (codes == given).cummin(dim=1).values.double().sum(dim=0).cpu()
         count += len(chosen)

@@ -7,7 +7,7 @@ Shapes: B batch, T frames, K codebooks, P positions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -50,6 +50,10 @@ class PositionNLL:
         self.latents.index_add_(0, place, nll.latents.detach().cpu().double().flatten()[mask])
         codes = nll.codes.detach().cpu().double().transpose(0, 1).flatten(1)[:, mask]  # (K, N)
         self.codes.index_add_(1, place, codes)
+
+    def join(self, total: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Add up the sums of several processes, with what adds a tensor up over them."""
+        self.codes, self.latents, self.frames = total(self.codes), total(self.latents), total(self.frames)
 
     def curves(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Seconds (bins,), nats a frame of codes and of latents (bins,), of bins that frames fell into."""

@@ -114,17 +114,10 @@ def prepare(
     if isinstance(tokenizer, (str, Path)):
         tokenizer = open_tokenizer(tokenizer)
     encoder: Tokenizer = tokenizer
-    streams = {
-        "codes": Stream(dtype="uint16", width=encoder.num_codebooks),
-        "latents": Stream(dtype=latent_dtype, width=encoder.latent_dim),
-    }
-    if encoder.codebook_size > 1 << 16:
-        raise ValueError(f"codebook_size={encoder.codebook_size} must be at most 65536 to be stored in 16 bits")
-    if features and encoder.feature_dim:
-        streams["features"] = Stream(dtype=latent_dtype, width=encoder.feature_dim)
+    streams = token_streams(encoder, latent_dtype, features=features)
 
     def encode(clip: Clip) -> Arrays:
-        return _encode(clip, encoder, streams)
+        return encode_clip(clip, encoder, streams)
 
     writer = ShardWriter(
         Path(output),
@@ -140,7 +133,27 @@ def prepare(
         return _fill(writer, source, encode, encoder.frame_rate_hz, workers, split, console)
 
 
-def _encode(clip: Clip, tokenizer: Tokenizer, streams: dict[str, Stream]) -> Arrays:
+def token_streams(
+    tokenizer: Tokenizer, latent_dtype: Literal["float16", "float32"], *, features: bool = True
+) -> dict[str, Stream]:
+    """The arrays of a clip: `codes`, `latents`, and `features` where the tokenizer has any and they are wanted."""
+    if tokenizer.codebook_size > 1 << 16:
+        raise ValueError(f"codebook_size={tokenizer.codebook_size} must be at most 65536 to be stored in 16 bits")
+    streams = {
+        "codes": Stream(dtype="uint16", width=tokenizer.num_codebooks),
+        "latents": Stream(dtype=latent_dtype, width=tokenizer.latent_dim),
+    }
+    if features and tokenizer.feature_dim:
+        streams["features"] = Stream(dtype=latent_dtype, width=tokenizer.feature_dim)
+    return streams
+
+
+def encode_clip(clip: Clip, tokenizer: Tokenizer, streams: dict[str, Stream]) -> Arrays:
+    """Read, resample and encode a clip; a long one passes through the streaming encoder piece by piece.
+
+    Raises:
+        UserError: what is not audio, damaged or empty, or frames that do not fit the streams' types.
+    """
     device = torch.device("cpu")
     if isinstance(tokenizer, nn.Module):
         device = next((p.device for p in tokenizer.parameters()), device)
