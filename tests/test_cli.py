@@ -44,7 +44,7 @@ CONTRACT = {
     "finetune": {"--model", "--data", "--output", "--lora", "--rank", "--old-data", "overrides"},
     "merge": {"--model", "--adapter", "--output"},
     "doctor": {"--data", "--model", "--adapter", "--clips", "--device", "--json"},
-    "evaluate": {"--model", "--adapter", "--data", "--split", "--json", "--picture"},
+    "evaluate": {"--model", "--adapter", "--data", "--split", "--batch-size", "--device", "--json", "--picture"},
     "compare": {"recipe", "overrides", "--seeds", "--output", "--report", "--jobs", "--one"},
     "probe": {
         *("--data", "--label", "--tokenizer", "--input", "--method", "--where", "--folds", "--leave-out", "--split"),

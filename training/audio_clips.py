@@ -29,7 +29,7 @@ class AudioClips:
 
     def __init__(self, manifest: Manifest, tokenizer: Tokenizer, rules: Sequence[TagRule] = ()) -> None:
         self.clips = list(apply_rules(manifest.clips, rules))
-        self.tokenizer = tokenizer
+        self.name, self.tokenizer = str(manifest.source), tokenizer
         self._streams = token_streams(tokenizer, "float32")
         if not self.clips:
             raise UserError(f"{manifest.source}: no clip is left under {len(rules)} tag rules; widen their 'where'")

@@ -98,6 +98,8 @@ class TokenCache:
     ) -> None:
         self.index = ClipIndex(folders, "tokens", split=split, validation_fraction=validation_fraction, rules=rules)
         first = self.index.readers[0]
+        self.name = ", ".join(str(reader.folder) for reader in self.index.readers)
+        """Its folders."""
         self.tokenizer: str = first.meta["tokenizer"]
         """Name and fingerprint of the tokenizer that made the frames."""
         self.frame_rate_hz: float = first.meta["frame_rate_hz"]

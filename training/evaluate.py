@@ -183,7 +183,7 @@ def evaluate(
     lines = (*problems, *(line for _, line in skipped))
     with processes.agreed():
         if not by_number:
-            raise UserError(f"no clip can be read ({len(lines)} problems, the first: {lines[0]})")
+            raise UserError(f"{source.name} has no usable clip ({len(lines)} problems, the first: {lines[0]})")
     if positions is not None:
         positions.join(processes.total)
     return _summed_up(

@@ -31,6 +31,9 @@ BATCH_FRAMES = 2000
 class ClipSource(Protocol):
     """Clips by number, made or read when they are asked for."""
 
+    name: str
+    """What messages call it."""
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, clip: int) -> CachedClip:

@@ -59,7 +59,7 @@ class Lengths:
     """A source of nothing but lengths; every third clip has a text."""
 
     def __init__(self, *lengths: int) -> None:
-        self.lengths = lengths
+        self.name, self.lengths = "lengths", lengths
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -151,7 +151,9 @@ def test_what_cannot_be_read_is_told_counted_and_skipped(
     captured = capsys.readouterr()
     assert "2 clips skipped, the first: " in captured.err and "6 clips" in captured.out
     manifest.write_text(json.dumps(bad[0]) + "\n")
-    with pytest.raises(UserError, match=r"no clip can be read \(1 problems, the first: .*letter.wav is not audio"):
+    with pytest.raises(
+        UserError, match=r"manifest.jsonl has no usable clip \(1 problems, the first: .*letter.wav is not audio"
+    ):
         run(tmp_path / "model", manifest, None)
 
 
