@@ -47,12 +47,12 @@ from tokenizer.f3 import F3Tokenizer
 from training.audio_alone import empty_text
 from training.config import OptimizerConfig
 from training.corpus import PcmCache
-from training.evaluate import score_clips
 from training.machine import machine
 from training.manifest import TagRule
 from training.probe import write_json
 from training.run import train_mapping
 from training.runs import Run, progress_of, read_result, training_settings
+from training.scoring import score_clips
 
 HERE = Path(__file__).resolve().parent
 

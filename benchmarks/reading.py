@@ -21,8 +21,8 @@ import torch
 from hybridlm.checkpoint import load_model, resolve
 from hybridlm.likelihood import ClipNLL, bootstrap_ratio, paired_difference
 from training.corpus import CachedClip, TokenCache
-from training.evaluate import score_clips
 from training.manifest import TagRule
+from training.scoring import score_clips
 
 STREAMS: dict[str, Callable[[ClipNLL], float]] = {
     "first code": lambda nll: nll.codes[0] if nll.codes else 0.0,

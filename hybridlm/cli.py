@@ -331,9 +331,7 @@ def evaluate(
     """Measure a model's likelihood of recordings: nats a frame, bits per second of audio, 95 % intervals."""
     from training.evaluate import run
 
-    run(
-        model, data, split, json_file, adapter=adapter, device=device, batch_size=batch_size, picture=picture
-    )
+    run(model, data, split, json_file, adapter=adapter, device=device, batch_size=batch_size, picture=picture)
 
 
 @app.command()

@@ -30,7 +30,6 @@ from training.compare_report import markdown, report_of, write_picture
 from training.config import apply_overrides, read_yaml
 from training.corpus import TokenCache
 from training.derived import clips_beyond, write_derived
-from training.evaluate import noised, score_clips
 from training.fidelity import fidelity
 from training.flops import step_flop
 from training.language_task import LanguageTask, LanguageTaskConfig
@@ -42,6 +41,7 @@ from training.probe import write_json
 from training.recipe import Recipe, caches_of, derived_folder, folder_of, runs_of, settings_of, slug, sources_of
 from training.run import train_mapping
 from training.runs import RESULT, Run, carry_out, progress_of, read_result
+from training.scoring import noised, score_clips
 
 COUNTED_STEPS = 4
 """Batches of which the floating-point operations are counted."""
@@ -267,7 +267,7 @@ def make(recipe: Recipe, run: Run) -> bool:
 def sampled(recipe: Recipe, found: Checkpoint, tests: TokenCache) -> dict[str, Any]:
     """What is estimated from draws: calibration, and how tight a hybrid's bound is."""
     count = min(len(tests), recipe.calibration_clips)
-    clips = [noised(found, tests, number * len(tests) // count) for number in range(count)]
+    clips = [noised(found, tests[number * len(tests) // count]) for number in range(count)]
     length = min(SAMPLED_LENGTH, recipe.max_frames)
     if not clips:
         return {"calibration": {}, "cell_mass": []}

@@ -31,9 +31,7 @@ from training.looseness import cell_mass
 from training.manifest import TagRule, read_manifest
 from training.positions import PositionNLL
 from training.processes import Processes, joined
-from training.scoring import ClipSource, ScoredClip, noised, plan_groups, score_clips, score_group, share_out
-
-__all__ = ["Evaluation", "ScoredClip", "evaluate", "run", "score_clips"]
+from training.scoring import ClipSource, ScoredClip, noised, plan_groups, score_group, share_out
 
 WINDOW_SECONDS = 30.0
 """Longest piece scored at once; the first half of every later window is context."""

@@ -19,9 +19,10 @@ from hybridlm.likelihood import ClipNLL, Interval, paired_difference
 from tokenizer.errors import UserError
 from tokenizer.files import replacing
 from training.corpus import TokenCache, prepare
-from training.evaluate import WINDOW_SECONDS, score_clips
+from training.evaluate import WINDOW_SECONDS
 from training.language_task import Sampler
 from training.manifest import Manifest, read_manifest
+from training.scoring import score_clips
 
 FILE_NAME = "finetune.json"
 SCORED_CLIPS = 60

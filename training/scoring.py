@@ -79,19 +79,24 @@ class _Window(NamedTuple):
 
 
 def plan_groups(
-    source: ClipSource, *, with_text: bool = True, batch_size: int | None = None, batch_frames: int = BATCH_FRAMES
+    source: ClipSource,
+    *,
+    with_text: bool = True,
+    batch_size: int | None = None,
+    batch_frames: int = BATCH_FRAMES,
+    indices: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Clips that are scored together: of about equal length, with or without text, one batch as far as they fit.
 
     Returns:
-        Clip numbers; the longest clips come first.
+        Clip numbers, all or those of `indices`; the longest clips come first.
     """
 
     def told(clip: int) -> bool:
         return with_text and source.has_text(clip)
 
     # Only a batch with text has its reader walk through it, so those without keep apart.
-    order = sorted(((told(clip), source.num_frames(clip), clip) for clip in range(len(source))), reverse=True)
+    order = sorted(((told(clip), source.num_frames(clip), clip) for clip in _all(source, indices)), reverse=True)
     groups: list[list[int]] = []
     longest, kind = 0, None
     for text, frames, clip in order:
@@ -124,6 +129,7 @@ def score_clips(
     batch_size: int | None = None,
     batch_frames: int = BATCH_FRAMES,
     positions: PositionNLL | None = None,
+    indices: Sequence[int] | None = None,
 ) -> list[ScoredClip]:
     """Likelihood of every clip, in the source's order; what else is in a batch changes nothing.
 
@@ -135,9 +141,11 @@ def score_clips(
         batch_size: See `score_group`.
         batch_frames: See `score_group`.
         positions: See `score_group`.
+        indices: Only these clips, in this order.
     """
     scored: dict[int, ScoredClip] = {}
-    for group in plan_groups(source, with_text=with_text, batch_size=batch_size, batch_frames=batch_frames):
+    groups = plan_groups(source, with_text=with_text, batch_size=batch_size, batch_frames=batch_frames, indices=indices)
+    for group in groups:
         clips = score_group(
             found,
             [noised(found, source[clip]) for clip in group],
@@ -148,7 +156,11 @@ def score_clips(
             positions=positions,
         )
         scored |= dict(zip(group, clips, strict=True))
-    return [scored[clip] for clip in range(len(source))]
+    return [scored[clip] for clip in _all(source, indices)]
+
+
+def _all(source: ClipSource, indices: Sequence[int] | None) -> Sequence[int]:
+    return range(len(source)) if indices is None else indices
 
 
 @torch.inference_mode()

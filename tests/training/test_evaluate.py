@@ -19,8 +19,9 @@ from tests.support.toy_corpus import write_cache
 from tokenizer.errors import UserError
 from tokenizer.loading import load_tokenizer
 from training.corpus import TokenCache
-from training.evaluate import evaluate, run, score_clips
+from training.evaluate import evaluate, run
 from training.manifest import TagRule
+from training.scoring import score_clips
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,9 @@ from tests.support.tiny_audio_model import tiny_model
 from tests.support.toy_corpus import write_cache
 from tokenizer.loading import load_tokenizer
 from training.corpus import TokenCache
-from training.evaluate import evaluate, run, score_clips
+from training.evaluate import evaluate, run
 from training.positions import PositionNLL
+from training.scoring import score_clips
 
 
 def test_sums_are_those_of_the_clips_in_any_windows(tmp_path: Path) -> None:
