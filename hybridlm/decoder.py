@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hybridlm.cache import KeyValueCache
 from hybridlm.config import ModelConfig
 from tokenizer.transformer import SwiGLU, rotary, rotate
 
@@ -33,55 +34,6 @@ def attention_backend() -> AttentionBackend:
             return "sdpa"
         return "flash-attn"
     return "sdpa"
-
-
-@dataclass(kw_only=True, slots=True)
-class KeyValueCache:
-    """Keys and values of every layer, in buffers that grow by blocks; `Decoder.forward` writes into it."""
-
-    keys: list[Tensor]
-    """Per layer (B, G, capacity, E); the first `length` positions are filled."""
-    values: list[Tensor]
-    length: int
-    key_mask: Tensor | None
-    """(B, capacity) bool, False for padding; None when no row has padding."""
-    first_layer: int = 0
-    """Number of the layer that `keys[0]` is of."""
-
-    @classmethod
-    def empty(cls, first_layer: int = 0) -> KeyValueCache:
-        return cls(keys=[], values=[], length=0, key_mask=None, first_layer=first_layer)
-
-    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write (B, G, L, E) after the first `length` positions; return views of all keys and values so far."""
-        end, layer = self.length + keys.shape[2], layer - self.first_layer
-        if layer == len(self.keys):
-            self.keys.append(_grow(keys, None, end))
-            self.values.append(_grow(values, None, end))
-        elif end > self.keys[layer].shape[2]:
-            self.keys[layer] = _grow(keys, self.keys[layer], end)
-            self.values[layer] = _grow(values, self.values[layer], end)
-        self.keys[layer][:, :, self.length : end] = keys
-        self.values[layer][:, :, self.length : end] = values
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
-
-    def select(self, rows: Int[Tensor, " R"]) -> KeyValueCache:
-        """A new cache with these rows, in this order, repeats allowed."""
-        return KeyValueCache(
-            keys=[k[rows] for k in self.keys],
-            values=[v[rows] for v in self.values],
-            length=self.length,
-            key_mask=None if self.key_mask is None else self.key_mask[rows],
-            first_layer=self.first_layer,
-        )
-
-
-def _grow(like: Tensor, old: Tensor | None, length: int, block: int = 256) -> Tensor:
-    b, g, _, e = like.shape
-    new = like.new_zeros(b, g, math.ceil(length / block) * block, e)
-    if old is not None:
-        new[:, :, : old.shape[2]] = old
-    return new
 
 
 class Attention(nn.Module):
@@ -289,12 +241,12 @@ class Decoder(nn.Module):
 
     def visible(self, x: Tensor, key_mask: Tensor | None, cache: KeyValueCache | None) -> Tensor | None:
         """The dense mask (B, 1, L, N), or None where plain causal attention says the same."""
-        batch, length, _ = x.shape
+        length = x.shape[1]
         past = 0
         if cache is not None:
             past = cache.length
             if key_mask is not None or cache.key_mask is not None:
-                key_mask = _extend_key_mask(cache, key_mask, batch, length, x.device)
+                key_mask = cache.extend_mask(key_mask, length)
         if key_mask is None and (past == 0 or length == 1):
             return None
         total = past + length
@@ -345,19 +297,3 @@ def _plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Te
     scores = (grouped @ k.transpose(-1, -2)).view(batch, num_kv_heads, -1, length, total) + bias[:, :, None]
     weights = scores.softmax(dim=-1).view(batch, num_kv_heads, -1, total)
     return (weights.to(v.dtype) @ v).view(batch, num_heads, length, head_dim).transpose(1, 2).reshape(batch, length, -1)
-
-
-def _extend_key_mask(
-    cache: KeyValueCache, key_mask: Tensor | None, batch: int, length: int, device: torch.device
-) -> Tensor:
-    """Record this call's padding in the cache, and return the mask of all keys so far."""
-    end = cache.length + length
-    if cache.key_mask is None or cache.key_mask.shape[1] < end:
-        # Everything is visible until a call says otherwise.
-        longer = torch.ones(batch, end + 256, dtype=torch.bool, device=device)
-        if cache.key_mask is not None:
-            longer[:, : cache.length] = cache.key_mask[:, : cache.length]
-        cache.key_mask = longer
-    if key_mask is not None:
-        cache.key_mask[:, cache.length : end] = key_mask
-    return cache.key_mask

@@ -11,7 +11,8 @@ Shapes: B batch, P prefix, T frames, L = T + 1 states, K codebooks, V codebook s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -20,9 +21,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hybridlm.alignment import alignment_loss
+from hybridlm.cache import KeyValueCache
 from hybridlm.code_head import CodeHead
 from hybridlm.config import ModelConfig
-from hybridlm.decoder import INIT_STD, Decoder, KeyValueCache, TextKeys
+from hybridlm.decoder import INIT_STD, Decoder, TextKeys
 from hybridlm.flow_head import FlowHead
 from hybridlm.frame_nll import FrameNLL
 from hybridlm.fusion import CodeEmbedding, FrameFusion, FrameStatistics, ShortContext, history_noise
@@ -55,6 +57,28 @@ class ModelCache:
             recent=None if self.recent is None else self.recent[rows],
             page=None if self.page is None else self.page.select(rows),
             slices=None if self.slices is None else self.slices.select(rows),
+        )
+
+    @classmethod
+    def join(cls, caches: Sequence[ModelCache]) -> ModelCache:
+        """The rows of all in one cache, in order, whatever they have seen so far."""
+        first = caches[0]
+        return cls(
+            attention=KeyValueCache.join([cache.attention for cache in caches]),
+            positions=torch.cat([cache.positions for cache in caches]),
+            recent=None if first.recent is None else torch.cat([c.recent for c in caches if c.recent is not None]),
+            page=None if first.page is None else Page.join([c.page for c in caches if c.page is not None]),
+            slices=None
+            if first.slices is None
+            else TransformerState.join([c.slices for c in caches if c.slices is not None]),
+        )
+
+    def forget(self, sinks: Int[Tensor, " B"], dropped: Int[Tensor, " B"], theta: float) -> ModelCache:
+        """A new cache that has never seen the `dropped` positions after the first `sinks` of each row."""
+        return replace(
+            self,
+            attention=self.attention.forget(sinks, dropped, theta),
+            positions=self.positions - dropped[:, None],
         )
 
 

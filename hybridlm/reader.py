@@ -19,6 +19,7 @@ Shapes: B batch, P prefix, L states, J heads, E width of a head, C hidden.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +57,23 @@ class Page:
             numbers=self.numbers[rows],
             mask=self.mask[rows],
             place=self.place[rows],
+        )
+
+    @classmethod
+    def join(cls, pages: Sequence[Page]) -> Page:
+        """The rows of all, in order; shorter texts are padded with what may not be seen."""
+        longest = max(page.mask.shape[1] for page in pages)
+
+        def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+            after = (0, 0) * (parts[0].dim() - 1 - dim)
+            return torch.cat([F.pad(part, (*after, 0, longest - part.shape[dim])) for part in parts])
+
+        return cls(
+            keys=joined([page.keys for page in pages], 2),
+            values=joined([page.values for page in pages], 2),
+            numbers=joined([page.numbers for page in pages], 1),
+            mask=joined([page.mask for page in pages], 1),
+            place=torch.cat([page.place for page in pages]),
         )
 
 

@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hybridlm.decoder import Decoder, KeyValueCache
+from hybridlm.cache import KeyValueCache
+from hybridlm.decoder import Decoder
 from hybridlm.reader import Reading
 
 

@@ -8,6 +8,7 @@ Shapes: B batch, T frames, L positions of a call, P past positions kept, H heads
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -68,6 +69,28 @@ class TransformerState(NamedTuple):
             self.position[rows] if isinstance(self.position, Tensor) else self.position,
             None if self.known is None else self.known[rows],
         )
+
+    @classmethod
+    def join(cls, states: Sequence[TransformerState]) -> TransformerState:
+        """The rows of all, in order; who remembers less is padded on the left, where nobody looks."""
+        longest = max(state.layers[0].keys.shape[2] for state in states)
+
+        def joined(parts: Sequence[Tensor]) -> Tensor:
+            return torch.cat([F.pad(part, (0, 0, longest - part.shape[2], 0)) for part in parts])
+
+        layers = [
+            Past(joined([past.keys for past in pasts]), joined([past.values for past in pasts]))
+            for pasts in zip(*(state.layers for state in states), strict=True)
+        ]
+        positions, known = [], []
+        for state in states:
+            rows, _, length, _ = state.layers[0].keys.shape
+            device = state.layers[0].keys.device
+            position = state.position
+            positions.append(position if isinstance(position, Tensor) else torch.full((rows,), position, device=device))
+            real = torch.ones(rows, length, dtype=torch.bool, device=device) if state.known is None else state.known
+            known.append(F.pad(real, (longest - length, 0)))
+        return cls(layers, torch.cat(positions), torch.cat(known))
 
     def ended(self, lengths: Int[Tensor, " B"], new: int, window: int) -> TransformerState:
         """Each row's state after its first `lengths` of the `new` positions that came last.

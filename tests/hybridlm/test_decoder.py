@@ -5,7 +5,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaModel
 
-from hybridlm.decoder import Attention, Decoder, KeyValueCache, attention_backend
+from hybridlm.cache import KeyValueCache
+from hybridlm.decoder import Attention, Decoder, attention_backend
 from tests.support.tiny_frames import tiny_config
 
 
