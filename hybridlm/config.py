@@ -10,6 +10,7 @@ from tokenizer.transformer import check_heads
 Representation = Literal["discrete", "continuous", "hybrid"]
 ContinuousInput = Literal["latents", "features", "none"]
 Fusion = Literal["sum", "concat"]
+AttentionBias = Literal["none", "qkv", "qkvo"]
 
 POSITIVE = (
     *("vocab_size", "num_codebooks", "codebook_size", "latent_dim", "frame_rate_hz", "hidden_dim", "num_layers"),
@@ -22,6 +23,26 @@ NOT_NEGATIVE = (
     *("feature_dim", "depth_layers", "latent_head_layers", "sigma", "short_context_frames", "alignment_heads"),
     *("alignment_layer", "first_text_id", "slice_layers", "flow_layers", "flow_distill"),
 )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Llama3RopeScaling:
+    """Rotary frequencies stretched to a longer context, as Llama 3.1 has them: slow ones by `factor`, fast ones not."""
+
+    factor: float
+    low_freq_factor: float
+    """Waves that fit less often than this into the original context are slow."""
+    high_freq_factor: float
+    """Waves that fit more often than this are fast; in between lies a ramp."""
+    original_max_position_embeddings: int
+    """The original context, in positions."""
+
+    def __post_init__(self) -> None:
+        if not (self.factor > 0 and 0 < self.low_freq_factor < self.high_freq_factor):
+            raise ValueError(
+                f"rope_scaling: factor={self.factor} must be positive, and low_freq_factor={self.low_freq_factor} "
+                f"below high_freq_factor={self.high_freq_factor}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +88,14 @@ class ModelConfig:
     num_heads: int = 6
     num_kv_heads: int = 2
     ffn_dim: int = 1024
+    attention_head_dim: int | None = None
+    """Width of one attention head. None: hidden_dim / num_heads (`head_dim`)."""
+    attention_bias: AttentionBias = "none"
+    """Which of attention's matrices have biases: none, those of queries, keys and values (Qwen2), or all four."""
+    qk_norm: bool = False
+    """RMSNorm over each head's queries and keys, before they are turned (Qwen3)."""
     rope_theta: float = 10000.0
+    rope_scaling: Llama3RopeScaling | None = None
     norm_epsilon: float = 1e-5
     dropout: float = 0.0
     """On the two residual branches of every layer, in training."""
@@ -139,15 +167,17 @@ class ModelConfig:
         self._check_streams()
 
     def _check_heads(self) -> None:
-        if self.hidden_dim % self.num_heads:
+        if self.attention_head_dim is None and self.hidden_dim % self.num_heads:
             divisors = [n for n in range(1, self.num_heads * 2 + 1) if self.hidden_dim % (2 * n) == 0]
             near = sorted(divisors, key=lambda n: abs(n - self.num_heads))[:2]
             remedy = f"; use {' or '.join(map(str, sorted(near)))}" if near else ""
             raise ValueError(f"num_heads={self.num_heads} must divide hidden_dim={self.hidden_dim}{remedy}")
-        if self.head_dim % 2:
+        if self.head_dim < 2 or self.head_dim % 2:
+            given = f"hidden_dim / num_heads = {self.hidden_dim} / {self.num_heads}"
+            given = given if self.attention_head_dim is None else "attention_head_dim"
             raise ValueError(
-                f"hidden_dim / num_heads = {self.hidden_dim} / {self.num_heads} = {self.head_dim} must be even "
-                "(rotary positions turn pairs); change num_heads"
+                f"{given} = {self.head_dim} must be even (rotary positions turn pairs); change "
+                f"{'num_heads' if self.attention_head_dim is None else 'it'}"
             )
         if self.num_heads % self.num_kv_heads:
             divisors = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
@@ -194,7 +224,7 @@ class ModelConfig:
     @property
     def head_dim(self) -> int:
         """Width of one attention head."""
-        return self.hidden_dim // self.num_heads
+        return self.attention_head_dim or self.hidden_dim // self.num_heads
 
     @property
     def continuous(self) -> ContinuousInput:

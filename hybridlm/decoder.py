@@ -37,7 +37,7 @@ def attention_backend() -> AttentionBackend:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention without bias."""
+    """Grouped-query attention; biases and norms of queries and keys where a taken-over backbone has them."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -45,8 +45,11 @@ class Attention(nn.Module):
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.alignment_heads = config.alignment_heads if layer == config.alignment_layer else 0
         # One matrix for queries, keys and values: a third of the calls, which is what a batch-1 step is made of.
-        self.qkv = nn.Linear(config.hidden_dim, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim, bias=False)
-        self.out = nn.Linear(self.num_heads * self.head_dim, config.hidden_dim, bias=False)
+        width = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        self.qkv = nn.Linear(config.hidden_dim, width, bias=config.attention_bias != "none")
+        self.out = nn.Linear(self.num_heads * self.head_dim, config.hidden_dim, bias=config.attention_bias == "qkvo")
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_epsilon) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_epsilon) if config.qk_norm else None
         self.backend = attention_backend()
 
     def forward(
@@ -60,6 +63,9 @@ class Attention(nn.Module):
         batch, length, _ = x.shape
         heads = self.qkv(x).view(batch, length, -1, self.head_dim).transpose(1, 2)  # (B, H + 2G, L, E)
         turned, v = heads.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = turned.split([self.num_heads, self.num_kv_heads], dim=1)
+            turned = torch.cat([self.q_norm(q), self.k_norm(k)], dim=1).to(v.dtype)
         q, k = rotate(turned, *rotation).split([self.num_heads, self.num_kv_heads], dim=1)
         alignment = None
         if text is not None and self.alignment_heads:
@@ -165,13 +171,15 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.head_dim, self.rope_theta = config.head_dim, config.rope_theta
+        self.config = config
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_dim, eps=config.norm_epsilon)
         self.attention: AttentionBackend = attention_backend()
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=INIT_STD)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         for layer in self.layers:
             # Each layer adds two branches to the residual stream; this keeps the stream's variance (GPT-2).
             for linear in (layer.attention.out, layer.mlp.down):
@@ -237,7 +245,17 @@ class Decoder(nn.Module):
     def rotation(self, x: Tensor, positions: Int[Tensor, "B L"]) -> tuple[Tensor, Tensor]:
         """Cosines and sines (B, 1, L, E) at these positions, as the layers want them beside x."""
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        return rotary(positions, self.head_dim, self.rope_theta, dtype)
+        return rotary(positions, self.config.head_dim, self.config.rope_theta, dtype, self._stretched)
+
+    def _stretched(self, frequencies: Tensor) -> Tensor:
+        """Llama 3.1's longer context: frequencies of long waves divided by a factor, with a ramp to the short ones."""
+        scaling = self.config.rope_scaling
+        if scaling is None:
+            return frequencies
+        fits = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        kept = ((fits - low) / (high - low)).clamp(0, 1)
+        return frequencies * (kept + (1 - kept) / scaling.factor)
 
     def visible(self, x: Tensor, key_mask: Tensor | None, cache: KeyValueCache | None) -> Tensor | None:
         """The dense mask (B, 1, L, N), or None where plain causal attention says the same."""
@@ -264,22 +282,42 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def load_llama(self, weights: Mapping[str, Tensor]) -> None:
-        """Take over the layers of a `transformers` Llama (`LlamaModel.state_dict()`), of the same sizes.
+        """Take over the layers of a `transformers` Llama, Qwen2 or Qwen3 (its base model's state), of the same sizes.
 
         Raises:
             KeyError: if a weight is missing.
             RuntimeError: if a size differs.
         """
         for i, layer in enumerate(self.layers):
-            at = f"layers.{i}."
-            qkv = [weights[f"{at}self_attn.{part}_proj.weight"] for part in "qkv"]
-            layer.attention.qkv.weight.copy_(torch.cat(qkv))
-            layer.attention.out.weight.copy_(weights[at + "self_attn.o_proj.weight"])
-            layer.mlp.gate_up.weight.copy_(torch.cat([weights[f"{at}mlp.{p}_proj.weight"] for p in ("gate", "up")]))
-            layer.mlp.down.weight.copy_(weights[at + "mlp.down_proj.weight"])
-            layer.attention_norm.weight.copy_(weights[at + "input_layernorm.weight"])
-            layer.mlp_norm.weight.copy_(weights[at + "post_attention_layernorm.weight"])
-        self.norm.weight.copy_(weights["norm.weight"])
+            at, own = f"layers.{i}.", layer.attention
+            for kind in ("weight", "bias"):
+                joined = {
+                    own.qkv: [f"{at}self_attn.{part}_proj.{kind}" for part in "qkv"],
+                    own.out: [f"{at}self_attn.o_proj.{kind}"],
+                    layer.mlp.gate_up: [f"{at}mlp.{part}_proj.{kind}" for part in ("gate", "up")],
+                    layer.mlp.down: [f"{at}mlp.down_proj.{kind}"],
+                }
+                for linear, names in joined.items():
+                    tensor = getattr(linear, kind)
+                    if isinstance(tensor, Tensor):
+                        _copy(tensor, torch.cat([weights[name] for name in names]), names[0])
+            norms = {
+                "input_layernorm": layer.attention_norm,
+                "post_attention_layernorm": layer.mlp_norm,
+                "self_attn.q_norm": own.q_norm,
+                "self_attn.k_norm": own.k_norm,
+            }
+            for name, norm in norms.items():
+                if isinstance(norm, nn.RMSNorm):
+                    _copy(norm.weight, weights[f"{at}{name}.weight"], at + name)
+        _copy(self.norm.weight, weights["norm.weight"], "norm")
+
+
+def _copy(target: Tensor, value: Tensor, name: str) -> None:
+    """As `copy_`, without broadcasting."""
+    if target.shape != value.shape:
+        raise RuntimeError(f"{name} makes {tuple(value.shape)}, but {tuple(target.shape)} is asked for")
+    target.copy_(value)
 
 
 def _plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -1,13 +1,12 @@
-"""Folders and hub ids of `transformers` codecs: where they are, what their tensors are called, whether they fit.
+"""Folders and hub ids of models of `transformers`: where they are, what their tensors are called, whether they fit.
 
-Only `config.json` and `model.safetensors` are read, and the library's own classes are filled with them: nothing is
-unpickled, and no code comes from the hub.
+Only JSON and safetensors are read: nothing is unpickled, and no code comes from the hub.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,17 +14,27 @@ from torch import Tensor, nn
 
 from tokenizer.encodec_weights import fold_weight_norm
 from tokenizer.errors import UserError
-from tokenizer.loading import CONFIG_FILE, WEIGHTS_FILE, read_weights
+from tokenizer.loading import CONFIG_FILE, WEIGHTS_FILE, read_json, read_weights
 
+INDEX_FILE = "model.safetensors.index.json"
 STATISTICS = ("inited", "initialized", "cluster_size", "embed_avg")
 """What the training of quantizers keeps beside the codebooks; no part of the codec."""
 
 
-def find_folder(name: str) -> Path:
-    """The folder of a codec, or of its files from the hub, downloaded once.
+def find_folder(
+    name: str,
+    files: Sequence[str] = (CONFIG_FILE, WEIGHTS_FILE),
+    *,
+    kind: str = "tokenizer",
+    example: str = "facebook/encodec_24khz",
+) -> Path:
+    """The folder of a codec or language model, or of its files from the hub, downloaded once.
 
     Args:
         name: A folder, or a hub id such as `kyutai/mimi`.
+        files: What of it is wanted; patterns are allowed.
+        kind: How to call it in messages.
+        example: A hub id that there is.
 
     Raises:
         UserError: it is neither, or the hub can't be reached and the files were never downloaded.
@@ -33,37 +42,48 @@ def find_folder(name: str) -> Path:
     folder = Path(name).expanduser()
     if name and folder.is_dir():
         return folder
+    wanted = " and ".join(files)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         raise UserError(
-            f"tokenizer 'hf:{name}': no such folder, and no hub id either (OWNER/NAME); give a folder with "
-            f"{CONFIG_FILE} and {WEIGHTS_FILE}, or an id such as hf:facebook/encodec_24khz"
+            f"{kind} 'hf:{name}': no such folder, and no hub id either (OWNER/NAME); give a folder with "
+            f"{wanted}, or an id such as hf:{example}"
         )
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+        return Path(snapshot_download(name, allow_patterns=list(files)))
     except Exception as error:  # whatever the network and the hub's client raise, the remedy is the same
         raise UserError(
-            f"tokenizer 'hf:{name}' is no folder here and could not be had from the Hugging Face hub "
-            f"({type(error).__name__}); offline, put its {CONFIG_FILE} and {WEIGHTS_FILE} into a folder and give "
-            "hf:FOLDER"
+            f"{kind} 'hf:{name}' is no folder here and could not be had from the Hugging Face hub "
+            f"({type(error).__name__}); offline, put its {wanted} into a folder and give hf:FOLDER"
         ) from error
 
 
 def read_published(folder: Path) -> dict[str, Tensor]:
-    """Weights of a codec's folder, with weight normalization folded.
+    """Weights of a codec's folder, with weight normalization folded; see `read_shards`."""
+    return fold(read_shards(folder))
+
+
+def read_shards(folder: Path) -> dict[str, Tensor]:
+    """Weights of a folder, in one file or, with an index, in several.
 
     Raises:
         UserError: they are missing, a pickle, cut short, or not safetensors.
     """
+    if (folder / INDEX_FILE).is_file():
+        listed = read_json(folder / INDEX_FILE).get("weight_map")
+        names = {str(name) for name in listed.values()} if isinstance(listed, dict) else set()
+        if not names or any(Path(name).name != name for name in names):
+            raise UserError(f"{folder / INDEX_FILE} has no valid weight_map; copy it again")
+        return {key: tensor for name in sorted(names) for key, tensor in read_weights(folder / name).items()}
     path = folder / WEIGHTS_FILE
-    pickled = sorted(folder.glob("*.bin")) if not path.is_file() else []
+    pickled = sorted([*folder.glob("*.bin"), *folder.glob("*.pt*")]) if not path.is_file() else []
     if pickled:
         raise UserError(
             f"{folder} holds {pickled[0].name} but no {WEIGHTS_FILE}; pickles are never read: save the model again "
             "with save_pretrained, which writes safetensors"
         )
-    return fold(read_weights(path))
+    return read_weights(path)
 
 
 def fold(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -24,6 +24,8 @@ class TextTokenizer:
     Tags are symbols of their own, written `<speech>` in the model's file and `speech` everywhere else. Text that
     happens to spell such a symbol stays text.
 
+    `tokenizer.huggingface_text` has another kind, of the pieces of a published language model.
+
     Args:
         model: A serialized sentencepiece model that has the symbol `<audio>`.
     """
@@ -61,12 +63,8 @@ class TextTokenizer:
         Raises:
             UserError: no text, a bad tag, or a vocabulary too small for the characters of the text.
         """
-        names = [_tag_name(tag) for tag in tags]
-        for name in names:
-            if not name or any(c.isspace() or c in "<>" for c in name) or name != _normalized(name) or name == "audio":
-                raise UserError(f"tag {name!r} must be lower-case, without spaces or <>, and not 'audio'; rename it")
-        symbols = [AUDIO_SYMBOL, *(f"<{name}>" for name in dict.fromkeys(names))]
-        cleaned = [line for line in (_without_symbols(_normalized(s), symbols).strip() for s in sentences) if line]
+        symbols = [AUDIO_SYMBOL, *(f"<{name}>" for name in tag_names(tags))]
+        cleaned = [line for line in (_without_symbols(normalized(s), symbols).strip() for s in sentences) if line]
         if not cleaned:
             raise UserError("there is no text to learn pieces from; give at least one sentence")
         least = 2 + len(symbols) + 256
@@ -104,7 +102,7 @@ class TextTokenizer:
 
     @classmethod
     def load(cls, path: Path) -> TextTokenizer:
-        """Read a model from a file, or from `text.model` in a folder.
+        """Read a model of either kind from a file, or from `text.model` in a folder.
 
         Raises:
             UserError: no such file, or not a text model of this program.
@@ -112,8 +110,14 @@ class TextTokenizer:
         path = Path(path) / _FILE_NAME if Path(path).is_dir() else Path(path)
         if not path.is_file():
             raise UserError(f"{path}: no such text model; check the path")
+        content = path.read_bytes()
+        kind: type[TextTokenizer] = TextTokenizer
+        if content.startswith(b"{"):  # no sentencepiece model does
+            from tokenizer.huggingface_text import HuggingFaceText
+
+            kind = HuggingFaceText
         try:
-            return cls(path.read_bytes())
+            return kind(content)
         except (RuntimeError, ValueError) as error:
             raise UserError(f"{path} is damaged or no text model of hybridlm; restore the file") from error
 
@@ -156,8 +160,7 @@ class TextTokenizer:
         """
         ids = [self.tag_id(tag) for tag in tags]
         if text:
-            symbols = [AUDIO_SYMBOL, *(f"<{name}>" for name in self._tag_ids)]
-            ids += self._pieces.encode(_without_symbols(_normalized(text), symbols))
+            ids += self._text_ids(text)
         ids.append(self.audio_id)
         if max_pieces is not None and len(ids) > max_pieces:
             raise UserError(
@@ -168,26 +171,25 @@ class TextTokenizer:
 
     def spans(self, text: str) -> list[tuple[int, int]]:
         """For each piece of the text, begin and end among the characters of the text in NFKC and lower case."""
-        normalized = _normalized(text)
-        symbols = [AUDIO_SYMBOL, *(f"<{name}>" for name in self._tag_ids)]
+        whole = normalized(text)
         spans: list[tuple[int, int]] = []
         at = 0
-        for i in self._pieces.encode(_without_symbols(normalized, symbols)):
+        for i in self._text_ids(text):
             begin = at
             if self._pieces.is_byte(i):
                 # The first of a character's bytes moves on by the character, the others stay on it.
                 first = not 0x80 <= int(self._pieces.id_to_piece(i)[3:5], 16) < 0xC0
-                while first and normalized[at : at + 1].isspace():
+                while first and whole[at : at + 1].isspace():
                     at += 1
                 begin = at if first else max(0, at - 1)
                 at += first
             else:
                 for character in self._pieces.id_to_piece(i).replace("\u2581", ""):
-                    found = normalized.find(character, at)
+                    found = whole.find(character, at)
                     if found >= 0:
                         begin = found if begin == at else begin
                         at = found + 1
-            spans.append((min(begin, len(normalized)), min(max(at, begin), len(normalized))))
+            spans.append((min(begin, len(whole)), min(max(at, begin), len(whole))))
         return spans
 
     def letters(self, text: str) -> tuple[int, str]:
@@ -216,12 +218,29 @@ class TextTokenizer:
         special = {self.audio_id, self.pad_id, *self._tag_ids.values()}
         return str(self._pieces.decode([int(i) for i in ids if int(i) not in special]))
 
+    def _text_ids(self, text: str) -> list[int]:
+        symbols = [AUDIO_SYMBOL, *(f"<{name}>" for name in self._tag_ids)]
+        return list(self._pieces.encode(_without_symbols(normalized(text), symbols)))
+
+
+def tag_names(tags: Iterable[str]) -> list[str]:
+    """Names of tags given as `speech` or `<speech>`, each once.
+
+    Raises:
+        UserError: a name that can't be one.
+    """
+    names = list(dict.fromkeys(_tag_name(tag) for tag in tags))
+    for name in names:
+        if not name or any(c.isspace() or c in "<>" for c in name) or name != normalized(name) or name == "audio":
+            raise UserError(f"tag {name!r} must be lower-case, without spaces or <>, and not 'audio'; rename it")
+    return names
+
 
 def _tag_name(tag: str) -> str:
     return tag[1:-1] if tag.startswith("<") and tag.endswith(">") else tag
 
 
-def _normalized(text: str) -> str:
+def normalized(text: str) -> str:
     return unicodedata.normalize("NFKC", text).lower()
 
 

@@ -8,7 +8,7 @@ Shapes: B batch, T frames, L positions of a call, P past positions kept, H heads
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,10 +18,19 @@ from torch import Tensor, nn
 
 
 def rotary(
-    positions: Int[Tensor, "B L"], head_dim: int, theta: float, dtype: torch.dtype
+    positions: Int[Tensor, "B L"],
+    head_dim: int,
+    theta: float,
+    dtype: torch.dtype,
+    stretch: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Float[Tensor, "B 1 L E"], Float[Tensor, "B 1 L E"]]:
-    """Cosines and sines of the rotary angles (Su et al. 2021), the halves laid out as in Llama."""
+    """Cosines and sines of the rotary angles (Su et al. 2021), the halves laid out as in Llama.
+
+    `stretch` changes the frequencies (E / 2,), in radians a position.
+    """
     frequencies = theta ** (torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / -head_dim)
+    if stretch is not None:
+        frequencies = stretch(frequencies)
     angles = positions[:, None, :, None].float() * frequencies
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)

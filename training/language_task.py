@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from hybridlm.backbone import Backbone
 from hybridlm.checkpoint import Checkpoint, open_tokenizer, save_model
 from hybridlm.likelihood import noise_latents
 from hybridlm.model import HybridLM
@@ -71,10 +72,17 @@ class LanguageTaskConfig:
     text: TextConfig = field(default_factory=TextConfig)
     model: dict[str, Any] = field(default_factory=dict)
     """Fields of `hybridlm.config.ModelConfig`, without those that the tokenizer and the text model decide."""
+    backbone: str | None = None
+    """`hf:` and the hub id or folder of a Llama, Qwen2 or Qwen3 to start from: its layers, text embeddings and text
+    pieces are taken over, and its sizes are the model's."""
     losses: LanguageLossConfig = field(default_factory=LanguageLossConfig)
     trained: Literal["all", "flow_head"] = "all"
     """`flow_head`: nothing else learns, so that a trained model's likelihoods stay what they are (with `init_from` and
     `init_partial` of the run)."""
+
+    def __post_init__(self) -> None:
+        if self.backbone is not None and (self.text.model is not None or self.text.sentences is not None):
+            raise ValueError(f"backbone={self.backbone} has text pieces of its own; leave out text.model and sentences")
 
 
 class LanguageTask:
@@ -83,8 +91,8 @@ class LanguageTask:
     Args:
         config: Settings.
         output: Folder of the run, where the text model is kept for resuming.
-        start: A model to go on from, with its tokenizer and text; then `config.tokenizer` and `config.text` are not
-            read, and `config.model` may change training-time fields alone.
+        start: A model to go on from, with its tokenizer and text; then `config.tokenizer`, `config.text` and
+            `config.backbone` are not read, and `config.model` may change training-time fields alone.
         sampler: Makes audio for TensorBoard.
 
     Raises:
@@ -108,13 +116,14 @@ class LanguageTask:
         self.validation_data = None
         if config.data.validation_fraction > 0:
             self.validation_data = open_frames(config.data, "validation", self.tokenizer)
-        self.text = start.text if start is not None else self._text(output)
+        backbone = Backbone.open(config.backbone) if config.backbone is not None and start is None else None
+        self.text = start.text if start is not None else self._text(output, backbone)
         for tag in self.train_data.index.all_tags():
             self.text.tag_id(tag)
         if start is not None:
             self.model = taken_over(start, config.model)
         else:
-            self.model = new_model(config.model, self.tokenizer, self.text, self.train_data)
+            self.model = new_model(config.model, self.tokenizer, self.text, self.train_data, backbone)
         if config.trained == "flow_head":
             if self.model.flow_head is None:
                 raise UserError("trained=flow_head needs a model with one; set model.flow_layers")
@@ -325,17 +334,21 @@ class LanguageTask:
             batch.append(window)
         yield batch
 
-    def _text(self, output: Path) -> TextTokenizer:
-        """The given text model, that of the run to be resumed, or one learned now."""
+    def _text(self, output: Path, backbone: Backbone | None) -> TextTokenizer:
+        """The given text model, that of the run to be resumed, the backbone's, or one learned now."""
         settings, kept = self.config.text, output / "text.model"
         if settings.model is not None:
             return TextTokenizer.load(Path(settings.model))
         if checkpoints(output) and kept.is_file():
             return TextTokenizer.load(kept)
-        sentences = read_sentences(Path(settings.sentences)) if settings.sentences else []
         index = self.train_data.index
-        sentences += sorted({str(index.clip(i).text) for i in range(len(index)) if index.has_text[i]})
         tags = [*settings.tags, *index.all_tags()]
+        if backbone is not None:
+            text = backbone.text(tags)
+            text.save(kept)
+            return text
+        sentences = read_sentences(Path(settings.sentences)) if settings.sentences else []
+        sentences += sorted({str(index.clip(i).text) for i in range(len(index)) if index.has_text[i]})
         # A corpus without any text still needs pieces, since a prefix may be asked for.
         return TextTokenizer.train(sentences or ["a"], kept, vocab_size=settings.vocab_size, tags=tags)
 

@@ -12,11 +12,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hybridlm.backbone import Backbone
 from hybridlm.checkpoint import Checkpoint
 from hybridlm.config import ModelConfig
 from hybridlm.model import HybridLM
 from tokenizer.errors import UserError
 from tokenizer.frames import Tokenizer
+from tokenizer.huggingface_text import HuggingFaceText
 from tokenizer.settings import from_mapping
 from tokenizer.text import TextTokenizer
 from training.corpus import TokenCache, Window
@@ -28,7 +30,13 @@ DERIVED = (
 """Fields of `ModelConfig` that the tokenizer and the text model decide."""
 
 
-def new_model(given: Mapping[str, Any], tokenizer: Tokenizer, text: TextTokenizer, cache: TokenCache) -> HybridLM:
+def new_model(
+    given: Mapping[str, Any],
+    tokenizer: Tokenizer,
+    text: TextTokenizer,
+    cache: TokenCache,
+    backbone: Backbone | None = None,
+) -> HybridLM:
     """An untrained model that knows the scale of the cache's frames and the tokenizer's codebooks.
 
     Args:
@@ -36,25 +44,40 @@ def new_model(given: Mapping[str, Any], tokenizer: Tokenizer, text: TextTokenize
         tokenizer: What made the cache.
         text: Pieces and tags.
         cache: Training clips.
+        backbone: A published text model that gives the decoder and the text embeddings; `text` is then its own.
 
     Raises:
-        UserError: unknown or derived fields, or values that do not fit together.
+        UserError: unknown or derived fields, values that do not fit together, or weights that cannot be read.
     """
+    model = HybridLM(new_config(given, tokenizer, text, cache.feature_dim, backbone))
+    if backbone is not None:
+        assert isinstance(text, HuggingFaceText), "a backbone comes with its own text pieces"
+        backbone.fill(model, text)
+    set_scale(model, cache)
+    if model.config.uses_codes and tokenizer.latent_dim <= model.config.code_embedding_dim:
+        start_from_codebooks(model, codebook_vectors(tokenizer))
+    return model
+
+
+def new_config(
+    given: Mapping[str, Any], tokenizer: Tokenizer, text: TextTokenizer, feature_dim: int, backbone: Backbone | None
+) -> ModelConfig:
+    """The settings of an untrained model; see `new_model`."""
     _refuse_derived(given)
+    decided = {} if backbone is None else backbone.fields
+    for name in decided:
+        if name in given:
+            raise UserError(f"language.model.{name} is decided by the backbone; leave it out")
     derived = {
         "vocab_size": text.vocab_size,
         "first_text_id": text.first_text_id,
         "num_codebooks": tokenizer.num_codebooks,
         "codebook_size": tokenizer.codebook_size,
         "latent_dim": tokenizer.latent_dim,
-        "feature_dim": cache.feature_dim,
+        "feature_dim": feature_dim,
         "frame_rate_hz": tokenizer.frame_rate_hz,
     }
-    model = HybridLM(from_mapping(ModelConfig, {**given, **derived}, where="language.model"))
-    set_scale(model, cache)
-    if model.config.uses_codes and tokenizer.latent_dim <= model.config.code_embedding_dim:
-        start_from_codebooks(model, codebook_vectors(tokenizer))
-    return model
+    return from_mapping(ModelConfig, {**given, **decided, **derived}, where="language.model")
 
 
 def taken_over(start: Checkpoint, given: Mapping[str, Any]) -> HybridLM:
