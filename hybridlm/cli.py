@@ -51,6 +51,16 @@ class ProbeMethod(str, Enum):
     logistic = "logistic"
 
 
+class TrainingBackend(str, Enum):
+    """How the processes of a run share a model."""
+
+    ddp = "ddp"
+    zero1 = "zero1"
+    zero2 = "zero2"
+    zero3 = "zero3"
+    fsdp2 = "fsdp2"
+
+
 ModelOption = Annotated[
     str, typer.Option("--model", metavar="NAME_OR_DIR", help="'box', a model's folder or a hub id.")
 ]
@@ -259,6 +269,39 @@ def _sound(model: HybridLM, tokenizer: Tokenizer, text: TextTokenizer) -> list[S
         sample = Sample(name=f"generated/{name}", waveform=made.row(0)[0], sample_rate_hz=made.sample_rate_hz)
         samples.append(sample)
     return samples
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="Settings of a language model's run.")],
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(metavar="N", help="How many, each with a process.")] = 1,
+    hours_of_audio: Annotated[
+        float | None, typer.Option(metavar="H", help="Hours that the run is to hear, instead of its max_steps.")
+    ] = None,
+    backend: Annotated[TrainingBackend, typer.Option(help="How the GPUs share the model.")] = TrainingBackend.ddp,
+    tflops: Annotated[
+        float | None,
+        typer.Option(metavar="T", help="TFLOP a second of a GPU; what a matrix product does here if not given."),
+    ] = None,
+    memory: Annotated[
+        float | None, typer.Option(metavar="GIB", help="Of a GPU: says whether the run fits, and what would make it.")
+    ] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Say what a language model's run would take: parameters, memory a GPU, FLOP, hours. Nothing is allocated."""
+    from training.plan_report import run
+
+    run(
+        config,
+        overrides or [],
+        gpus=gpus,
+        backend=backend.value,
+        hours_of_audio=hours_of_audio,
+        tflops=tflops,
+        memory_gib=memory,
+        json_file=json_file,
+    )
 
 
 @app.command()

@@ -51,6 +51,8 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_epsilon) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_epsilon) if config.qk_norm else None
         self.backend = attention_backend()
+        self.written_out_in_half = True
+        """On a CPU, in training; False where a CPU stands in for a GPU."""
 
     def forward(
         self,
@@ -88,7 +90,7 @@ class Attention(nn.Module):
 
             y = flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=True)
             return y.reshape(batch, length, -1)
-        if half and q.requires_grad and q.device.type == "cpu":
+        if half and q.requires_grad and q.device.type == "cpu" and self.written_out_in_half:
             return _plain_attention(q, k, v, mask)
         if group > 1:
             k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)

@@ -49,7 +49,8 @@ def new_model(
     Raises:
         UserError: unknown or derived fields, values that do not fit together, or weights that cannot be read.
     """
-    model = HybridLM(new_config(given, tokenizer, text, cache.feature_dim, backbone))
+    sizes = {"vocab_size": text.vocab_size, "first_text_id": text.first_text_id, "feature_dim": cache.feature_dim}
+    model = HybridLM(new_config(given, tokenizer, sizes, backbone))
     if backbone is not None:
         assert isinstance(text, HuggingFaceText), "a backbone comes with its own text pieces"
         backbone.fill(model, text)
@@ -60,21 +61,29 @@ def new_model(
 
 
 def new_config(
-    given: Mapping[str, Any], tokenizer: Tokenizer, text: TextTokenizer, feature_dim: int, backbone: Backbone | None
+    given: Mapping[str, Any], tokenizer: Tokenizer, sizes: Mapping[str, int], backbone: Backbone | None
 ) -> ModelConfig:
-    """The settings of an untrained model; see `new_model`."""
+    """The settings of an untrained model.
+
+    Args:
+        given: See `new_model`.
+        tokenizer: See `new_model`.
+        sizes: `vocab_size`, `first_text_id` and `feature_dim`.
+        backbone: See `new_model`.
+
+    Raises:
+        UserError: unknown or derived fields, or values that do not fit together.
+    """
     _refuse_derived(given)
     decided = {} if backbone is None else backbone.fields
     for name in decided:
         if name in given:
             raise UserError(f"language.model.{name} is decided by the backbone; leave it out")
     derived = {
-        "vocab_size": text.vocab_size,
-        "first_text_id": text.first_text_id,
+        **sizes,
         "num_codebooks": tokenizer.num_codebooks,
         "codebook_size": tokenizer.codebook_size,
         "latent_dim": tokenizer.latent_dim,
-        "feature_dim": feature_dim,
         "frame_rate_hz": tokenizer.frame_rate_hz,
     }
     return from_mapping(ModelConfig, {**given, **decided, **derived}, where="language.model")
