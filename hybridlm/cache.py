@@ -11,15 +11,17 @@ Shapes: B rows, G key-value heads, N columns, E width of a head.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from tokenizer.transformer import rotary, rotate
+from tokenizer.transformer import rotate
 
+Rotation = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Cosines and sines for x at positions (B, N)."""
 BLOCK = 256
 """Columns by which buffers grow."""
 
@@ -118,14 +120,14 @@ class KeyValueCache:
             first_layer=self.first_layer,
         )
 
-    def forget(self, sinks: Int[Tensor, " B"], dropped: Int[Tensor, " B"], theta: float) -> KeyValueCache:
+    def forget(self, sinks: Int[Tensor, " B"], dropped: Int[Tensor, " B"], rotation: Rotation) -> KeyValueCache:
         """A new cache without the `dropped` positions of each row that come after its first `sinks`; and without
         columns that are padding in every row.
 
         Args:
             sinks: Positions that stay, at most as many as a row has.
             dropped: Of each row; 0 for a row that keeps all. The next position of the row is as much smaller.
-            theta: Base of the rotary angles.
+            rotation: Of the decoder (`Decoder.rotation`).
         """
         real = self.real()
         number = real.long().cumsum(dim=1) - 1  # of a real column in its row
@@ -135,13 +137,13 @@ class KeyValueCache:
         # A stable sort puts what goes before what stays, and leaves the order among the latter as it is.
         columns = keep.to(torch.int8).argsort(dim=1, stable=True)[:, self.length - length :]  # (B, length)
         turn = torch.where(later.gather(1, columns), -dropped[:, None], 0)
-        rotation = rotary(turn, self.keys[0].shape[3], theta, self.keys[0].dtype)
+        turned = rotation(self.keys[0], turn)
 
         def kept(x: Tensor) -> Tensor:
             return x.gather(2, columns[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
         return KeyValueCache(
-            keys=[_grow(k, None, length, rotate(kept(k), *rotation)) for k in self.keys],
+            keys=[_grow(k, None, length, rotate(kept(k), *turned)) for k in self.keys],
             values=[_grow(v, None, length, kept(v)) for v in self.values],
             length=length,
             key_mask=_with_room(keep.gather(1, columns)),

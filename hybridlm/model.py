@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hybridlm.alignment import alignment_loss
-from hybridlm.cache import KeyValueCache
+from hybridlm.cache import KeyValueCache, Rotation
 from hybridlm.code_head import CodeHead
 from hybridlm.config import ModelConfig
 from hybridlm.decoder import INIT_STD, Decoder, TextKeys
@@ -73,11 +73,11 @@ class ModelCache:
             else TransformerState.join([c.slices for c in caches if c.slices is not None]),
         )
 
-    def forget(self, sinks: Int[Tensor, " B"], dropped: Int[Tensor, " B"], theta: float) -> ModelCache:
+    def forget(self, sinks: Int[Tensor, " B"], dropped: Int[Tensor, " B"], rotation: Rotation) -> ModelCache:
         """A new cache that has never seen the `dropped` positions after the first `sinks` of each row."""
         return replace(
             self,
-            attention=self.attention.forget(sinks, dropped, theta),
+            attention=self.attention.forget(sinks, dropped, rotation),
             positions=self.positions - dropped[:, None],
         )
 

@@ -65,7 +65,7 @@ def test_what_is_forgotten_has_never_been() -> None:
     cache = KeyValueCache.empty()
     decoder(x, positions_of(mask), key_mask=mask, cache=cache)
     sinks, dropped = torch.tensor([2, 1, 3]), torch.tensor([5, 6, 0])
-    shorter = cache.forget(sinks, dropped, config.rope_theta)
+    shorter = cache.forget(sinks, dropped, decoder.rotation)
     assert shorter.length == 9  # of 14, 11 and 7 real ones 9, 5 and 7 are left
     positions = mask.sum(dim=1, keepdim=True) - dropped[:, None]
     found = decoder(new, positions, cache=shorter).states[:, 0]
@@ -86,7 +86,7 @@ def test_memory_stays_bounded() -> None:
     for _ in range(700):
         if cache.length == 40:
             gone = torch.full((2,), 10)
-            cache, position = cache.forget(torch.full((2,), 4), gone, config.rope_theta), position - gone[:, None]
+            cache, position = cache.forget(torch.full((2,), 4), gone, decoder.rotation), position - gone[:, None]
         decoder(torch.randn(2, 1, 32), position, cache=cache)
         position = position + 1
     assert cache.length <= 40 and cache.keys[0].shape[2] == 256 and int(position.max()) <= 40
