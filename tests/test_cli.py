@@ -42,6 +42,7 @@ CONTRACT = {
     "prepare": {"source", "--output", "--tokenizer", "--workers", "--audio", "--sample-rate", "--split"},
     "train": {"config", "overrides", "--resume"},
     "finetune": {"--model", "--data", "--output", "--lora", "--rank", "--old-data", "overrides"},
+    "plan": {"config", "overrides", "--gpus", "--hours-of-audio", "--backend", "--memory", "--tflops", "--json"},
     "merge": {"--model", "--adapter", "--output"},
     "doctor": {"--data", "--model", "--adapter", "--clips", "--device", "--json"},
     "evaluate": {"--model", "--adapter", "--data", "--split", "--batch-size", "--device", "--json", "--picture"},

@@ -81,6 +81,12 @@ class HuggingFaceText(TextTokenizer):
         offsets = self._published.encode(text, add_special_tokens=False).offsets
         return [(len(normalized(text[:begin])), len(normalized(text[:end]))) for begin, end in offsets]
 
+    def letters(self, text: str) -> tuple[int, str]:
+        """How many letters the text has, and those of them that take several pieces, being read byte by byte."""
+        found = [c for c in text if c.isalpha()]
+        unknown = {c for c in set(found) if len(self._text_ids(c)) > 1}
+        return len(found), "".join(c for c in found if c in unknown)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids, without tags, `<audio>` and padding."""
         first = self.first_text_id

@@ -197,7 +197,7 @@ class TextTokenizer:
         if self._known is None:
             pieces = range(self.first_text_id, self.vocab_size)
             self._known = {c for i in pieces if not self._pieces.is_byte(i) for c in self._pieces.id_to_piece(i)}
-        letters = [c for c in _normalized(text) if c.isalpha()]
+        letters = [c for c in normalized(text) if c.isalpha()]
         return len(letters), "".join(c for c in letters if c not in self._known)
 
     def tag_id(self, tag: str) -> int:

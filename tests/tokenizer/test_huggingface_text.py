@@ -51,6 +51,11 @@ def test_every_piece_has_its_place_in_the_normalized_text(text: HuggingFaceText)
     assert spans[-1] == (len(whole) - 1, len(whole))
 
 
+def test_letters_that_no_piece_has(text: HuggingFaceText) -> None:
+    assert text.letters("ab 3!") == (2, "")
+    assert text.letters("aЖbЖ") == (4, "ЖЖ")
+
+
 def test_a_saved_one_is_told_from_sentencepiece(text: HuggingFaceText, tmp_path: Path) -> None:
     text.save(tmp_path)
     loaded = TextTokenizer.load(tmp_path)
