@@ -144,7 +144,21 @@ def generate(
     ] = None,
     top_k: Annotated[int | None, typer.Option(help="Draw codes from the k likeliest.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw codes from the likeliest that add up to p.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Draw codes at least p times as likely as the likeliest.")] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Above 1: codes of recent frames become unlikelier; 1 is off.")
+    ] = None,
+    repetition_window: Annotated[int | None, typer.Option(metavar="N", help="Frames that count as recent; 32.")] = None,
     cfg: Annotated[float | None, typer.Option(help="Strength of classifier-free guidance; 3 with a text.")] = None,
+    stop_threshold: Annotated[
+        float | None,
+        typer.Option(metavar="P", help="Speech stops once its stop is this likely; drawn by chance if not given."),
+    ] = None,
+    min_duration: Annotated[float | None, typer.Option(metavar="SECONDS", help="Speech does not stop before.")] = None,
+    loudness: Annotated[
+        float | None,
+        typer.Option(metavar="LUFS", help="Loudness of the result (BS.1770), true peak at most -1 dB; -16, say."),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; CUDA where there is one if not given.")] = None,
     output: Annotated[Path, typer.Option(metavar="FILE", help="WAV or FLAC; a spectrogram PNG goes beside it.")] = Path(
         "output.wav"
@@ -168,7 +182,13 @@ def generate(
         latent_steps=latent_steps,
         top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        repetition_window=repetition_window,
         cfg=cfg,
+        stop_threshold=stop_threshold,
+        min_duration=min_duration,
+        loudness=loudness,
         device=str(resolve_device(device)),
         output=output,
     )

@@ -18,7 +18,7 @@ from hybridlm.config import ModelConfig
 from hybridlm.decoder import INIT_STD, ResidualSwiGLU
 from hybridlm.fusion import CodeEmbedding
 
-FilterLogits = Callable[[Tensor], Tensor]
+FilterLogits = Callable[[Tensor, int], Tensor]
 
 
 class CodeScores(NamedTuple):
@@ -111,7 +111,8 @@ class CodeHead(nn.Module):
         Args:
             h: States.
             generators: One per row.
-            filter_logits: Temperature, top-k, top-p: (N, V) float32 to (N, V), -inf for what must not be drawn.
+            filter_logits: Temperature, top-k, top-p: (N, V) float32 and the codebook to (N, V), -inf for what must not
+                be drawn.
             unconditional: States of the same rows without their condition, for classifier-free guidance.
             cfg: Guidance: log-probabilities become u + cfg * (c - u).
         """
@@ -126,7 +127,7 @@ class CodeHead(nn.Module):
             if guided:
                 conditional, free = logits.log_softmax(dim=-1).split(rows)
                 logits = free + cfg * (conditional - free)
-            code = draw(logits if filter_logits is None else filter_logits(logits), uniforms[:, k])
+            code = draw(logits if filter_logits is None else filter_logits(logits, k), uniforms[:, k])
             drawn.append(code)
             if self.codes is not None and k + 1 < self.num_codebooks:
                 said = self.codes(self.embedding.one(k, code))

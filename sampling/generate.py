@@ -28,7 +28,7 @@ from torch import Tensor
 from hybridlm.code_head import draw, row_uniforms
 from hybridlm.latent_head import GaussianMixture
 from hybridlm.model import HybridLM
-from sampling.controls import Controls, restrict, sharpen
+from sampling.controls import Controls, penalize, restrict, sharpen
 from tokenizer.frames import AudioFrames
 
 
@@ -112,7 +112,12 @@ class FrameLoop:
         self.generators = [torch.Generator().manual_seed(seed) for seed in request.seeds]
         self.active = torch.ones(self.rows, dtype=torch.bool, device=self.device)
         prefix, mask = _prefixes(request, self.guided, self.device)
-        self.h, self.cache = model.start(prefix, mask, _context(request, prefix.shape[0]))
+        context = _context(request, prefix.shape[0])
+        self.h, self.cache = model.start(prefix, mask, context)
+        self.recent = torch.zeros(self.rows, model.config.output_codebooks, 0, dtype=torch.int64, device=self.device)
+        """Codes (B, K, W) that a penalty on repetition looks at."""
+        if context is not None:
+            self._remember(context.codes[: self.rows])
 
     @torch.inference_mode()
     def draw(self, *, may_stop: bool) -> Drawn | None:
@@ -129,7 +134,7 @@ class FrameLoop:
             codes = model.code_head.sample(
                 conditional,
                 self.generators,
-                lambda logits: restrict(logits, controls),
+                lambda logits, k: restrict(penalize(logits, self.recent[:, k], controls), controls),
                 unconditional=free,
                 cfg=self.cfg,
             )
@@ -145,8 +150,14 @@ class FrameLoop:
     def advance(self, frame: Drawn) -> None:
         """Take in the frame that was drawn."""
         codes, latents = self._all_rows(frame.codes), self._all_rows(frame.latents)
+        if frame.codes is not None:
+            self._remember(frame.codes)
         features = self._all_rows(None if self.hear is None else self.hear(frame))
         self.h, self.cache = self.model.step(codes, latents, features, self.cache)
+
+    def _remember(self, codes: Int[Tensor, "B K T"]) -> None:
+        heard = torch.cat([self.recent, codes[:, : self.recent.shape[1]]], dim=2)
+        self.recent = heard[:, :, -self.controls.repetition_window :]
 
     def _all_rows(self, x: Tensor | None) -> Tensor | None:
         return torch.cat([x, x]) if self.guided and x is not None else x
@@ -177,8 +188,10 @@ def _context(request: Request, rows: int) -> AudioFrames | None:
 
 
 def _stops(logit: Float[Tensor, " B"], uniforms: Float[Tensor, "B 1"], controls: Controls) -> Bool[Tensor, " B"]:
-    """Draw whether each row stops here; probabilities below the floor count as 0."""
+    """Whether each row stops here: drawn, and probabilities below the floor count as 0; or by a threshold alone."""
     probability = logit.float().sigmoid()
+    if controls.stop_threshold is not None:
+        return probability >= controls.stop_threshold
     return (probability >= controls.stop_floor) & (uniforms[:, 0] < probability)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,23 +15,16 @@ from hybridlm.checkpoint import load_model, resolve
 from hybridlm.config import ModelConfig
 from hybridlm.model import HybridLM
 from sampling.controls import Controls, changed
-from sampling.generate import Drawn, Hear, Limits, Request, generate_frames
+from sampling.generate import Drawn, Hear, Request, generate_frames
 from sampling.heard import HeardFeatures, can_be_heard
+from sampling.limits import frame_limits
+from sampling.loudness import TRUE_PEAK_LIMIT_DB, gain_to
 from sampling.stream import stream_audio
 from tokenizer.audio import audio_info, read_audio
 from tokenizer.errors import UserError
 from tokenizer.frames import AudioFrames, Source, Tokenizer
 from tokenizer.text import TextTokenizer
 
-DEFAULT_SECONDS = 10.0
-"""Of music, sound and continuations, when no duration is asked for."""
-SECONDS_PER_BYTE = 0.065
-"""Of read English, in the median; a byte of UTF-8, so that a Chinese character counts three times."""
-FASTEST_SECONDS_PER_BYTE = 0.03
-"""Nobody reads faster (of 1,620 recordings of one voice, none below 0.044): an earlier stop is a mistake."""
-SLOWEST_SECONDS_PER_BYTE = 0.12
-SLACK_SECONDS = 2.0
-"""The longest speech is 2 s + 0.12 s a byte; of those recordings, none is longer."""
 PROMPT_SECONDS = 60.0
 """A longer recording is continued from its last minute: no model here looks further back."""
 SILENT_PEAK = 1e-3
@@ -167,6 +159,8 @@ class AudioModel:
             for row, peak in enumerate(self._peaks(waveform, lengths, made))
             if peak < SILENT_PEAK
         ]
+        if controls.loudness is not None:
+            warnings += self._level(waveform, lengths, controls.loudness, seed)
         if audio is not None and self._seconds(audio) > PROMPT_SECONDS:
             warnings.append(
                 f"the recording is {self._seconds(audio):.0f} s long; its last {PROMPT_SECONDS:g} s are continued"
@@ -206,6 +200,10 @@ class AudioModel:
         if chunk_frames < 1:
             raise UserError(f"chunk_frames={chunk_frames} must be at least 1")
         controls = changed(controls or Controls(), temperature=temperature, top_k=top_k, top_p=top_p, cfg=cfg)
+        if controls.loudness is not None:
+            raise UserError(
+                f"loudness={controls.loudness} LUFS needs the whole recording, which a stream has not; leave it out"
+            )
         request = self._request(text, tags, audio, duration, seed, 1, controls)
         prompt = None
         if request.prompt is not None:
@@ -257,18 +255,11 @@ class AudioModel:
             )
         if not 0 <= seed <= LARGEST_SEED - num_samples:
             raise UserError(f"seed={seed} must be at least 0 and below 2**63 - num_samples")
-        rate = self.tokenizer.frame_rate_hz
-        longest = config.max_frames / rate
-        if duration is not None and not (math.isfinite(duration) and 0 < duration <= longest):
-            raise UserError(f"duration={duration} s must be above 0 and at most {longest:g} s, this model's longest")
+        limits = frame_limits(text, duration, controls, self.tokenizer.frame_rate_hz, config.max_frames)
         if isinstance(tags, str):
             tags = (tags,)
         if text is not None:
-            limits = self._speech_limits(text, duration)
             tags = tuple(tags) or tuple(tag for tag in VOICE_TAGS if tag in self.text.tags)
-        else:
-            exact = max(1, round((duration or min(DEFAULT_SECONDS, longest)) * rate))
-            limits = Limits(minimum=exact, maximum=exact)
         return Request(
             prefix=self.text.encode(text or "", list(tags)),
             # With a text it is the text alone that guidance strengthens, not the voice.
@@ -280,24 +271,6 @@ class AudioModel:
             seeds=tuple(seed + row for row in range(num_samples)),
             controls=replace(controls, cfg=controls.guidance(with_text=text is not None and config.uses_codes)),
         )
-
-    def _speech_limits(self, text: str, duration: float | None) -> Limits:
-        """The fewest and the most frames that `text` can take."""
-        size = len(text.strip().encode())
-        if size == 0:
-            raise UserError("text is empty; say something, or leave it out and use a tag")
-        rate, longest = self.tokenizer.frame_rate_hz, self.model.config.max_frames
-        if size * SECONDS_PER_BYTE * rate > longest:
-            allowed = int(longest / rate / SECONDS_PER_BYTE)
-            raise UserError(
-                f"text has {size} bytes, but this model says at most about {allowed} ({longest / rate:g} s) at once; "
-                "split it into sentences"
-            )
-        maximum = min(longest, math.ceil((SLACK_SECONDS + SLOWEST_SECONDS_PER_BYTE * size) * rate))
-        if duration is not None:
-            maximum = max(1, round(duration * rate))
-        minimum = min(maximum, max(1, math.floor(FASTEST_SECONDS_PER_BYTE * size * rate)))
-        return Limits(minimum=minimum, maximum=maximum)
 
     def _seconds(self, audio: str | Path | Tensor) -> float:
         return (
@@ -349,6 +322,22 @@ class AudioModel:
             float(row[0, max(0, length - count) : length].abs().max())
             for row, length, count in zip(waveform, lengths.tolist(), new, strict=True)
         ]
+
+    def _level(self, waveform: Float[Tensor, "B 1 S"], lengths: Tensor, lufs: float, seed: int) -> list[str]:
+        """Bring every row of one's own waveform to a loudness; returns warnings."""
+        warnings = []
+        for row, length in enumerate(lengths.tolist()):
+            gain = gain_to(lufs, waveform[row, :, :length], self.sample_rate_hz)
+            if gain is None:
+                warnings.append(f"seed {seed + row}: too short or too quiet to have a loudness; left as it is")
+                continue
+            waveform[row] *= gain.factor
+            if gain.lufs < lufs - 0.05:
+                warnings.append(
+                    f"seed {seed + row}: {gain.lufs:.1f} LUFS instead of {lufs:g}, for its true peak is at "
+                    f"{TRUE_PEAK_LIMIT_DB:g} dB"
+                )
+        return warnings
 
     @torch.no_grad()  # and no inference mode: its tensors would be of no use to a caller who trains on the audio
     def _decode(self, frames: AudioFrames) -> tuple[Float[Tensor, "B 1 S"], Int[Tensor, " B"]]:

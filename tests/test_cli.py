@@ -35,7 +35,8 @@ CONTRACT = {
             "--temperature",
         ),
         *("--latent-temperature", "--latent-steps"),
-        *("--top-k", "--top-p", "--cfg", "--device", "--output"),
+        *("--top-k", "--top-p", "--min-p", "--repetition-penalty", "--repetition-window", "--cfg"),
+        *("--stop-threshold", "--min-duration", "--loudness", "--device", "--output"),
     },
     "reconstruct": {"input", "output", "--tokenizer", "--from", "--num-codebooks", "--json"},
     "enhance": {"input", "output", "--model", "--phase", "--device", "--json"},
@@ -169,6 +170,10 @@ def test_every_option_of_generate_reaches_the_model(command: Command, model: Pat
         ("--temperature", 0.2),
         ("--top-k", 1),
         ("--top-p", 0.05),
+        ("--min-p", 0.9),
+        ("--repetition-penalty", 3),
+        ("--repetition-penalty", 3, "--repetition-window", 1),
+        ("--loudness", -16),
         ("--tag", "music", "--cfg", 3),
         ("--tag", "music"),
         ("--tag", "speech", "--tag", "speaker:kathleen"),
@@ -176,6 +181,8 @@ def test_every_option_of_generate_reaches_the_model(command: Command, model: Pat
         ("--audio", prompt),
     ):
         assert audio(*words) != plain, words
+    text = ("--text", "hm", "--stop-threshold", 0.001)
+    assert audio(*text) not in (audio(*text[:2]), audio(*text, "--min-duration", 0.3))
 
 
 def test_several_samples_get_several_files(command: Command, model: Path, tmp_path: Path) -> None:

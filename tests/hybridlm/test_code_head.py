@@ -64,7 +64,7 @@ def test_one_after_the_other_gives_what_all_at_once_gives():
     h = torch.randn(4, 32)
     seen = []
 
-    def keep(logits):
+    def keep(logits, codebook):
         seen.append(logits)
         return logits
 
@@ -88,7 +88,7 @@ def test_guidance_extrapolates_log_probabilities():
     conditional, free = torch.randn(2, 3, 32)
     seen = []
 
-    def keep(logits):
+    def keep(logits, codebook):
         seen.append(logits)
         return logits
 

@@ -2,8 +2,9 @@ import math
 
 import pytest
 import torch
+from transformers.generation.logits_process import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor
 
-from sampling.controls import Controls, restrict, sharpen
+from sampling.controls import Controls, penalize, restrict, sharpen
 from tokenizer.errors import UserError
 
 LOGITS = torch.log(torch.tensor([[0.5, 0.2, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4]]))
@@ -43,6 +44,27 @@ def test_top_p_always_leaves_one() -> None:
     assert kept(restrict(LOGITS, Controls(temperature=1.0, top_p=1e-9))) == [[0], [3]]
 
 
+def test_min_p_keeps_what_is_likely_beside_the_likeliest_after_temperature() -> None:
+    assert kept(restrict(LOGITS, Controls(temperature=1.0, top_p=None, min_p=0.45))) == [[0], [1, 2, 3]]
+    assert kept(restrict(LOGITS, Controls(temperature=0.5, top_p=None, min_p=0.45))) == [[0], [2, 3]]
+    assert kept(restrict(LOGITS, Controls(temperature=1.0, top_p=None, min_p=1.0))) == [[0], [3]]
+    assert kept(restrict(LOGITS, Controls(temperature=0.0, top_p=None, min_p=0.5))) == [[0], [3]]
+    logits = torch.randn(50, 30, generator=torch.Generator().manual_seed(0))
+    theirs = MinPLogitsWarper(0.2)(torch.zeros(50, 1, dtype=torch.int64), logits / 0.8)
+    assert torch.equal(restrict(logits, Controls(temperature=0.8, top_p=None, min_p=0.2)), theirs)
+
+
+def test_the_penalty_on_repetition_is_that_of_ctrl() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, recent = torch.randn(20, 30, generator=generator), torch.randint(30, (20, 12), generator=generator)
+    for penalty in (1.5, 0.5):
+        ours = penalize(logits, recent, Controls(repetition_penalty=penalty))
+        assert torch.equal(ours, RepetitionPenaltyLogitsProcessor(penalty)(recent, logits.clone()))
+        assert not torch.equal(ours, logits)
+    assert penalize(logits, recent, Controls()) is logits
+    assert penalize(logits, recent[:, :0], Controls(repetition_penalty=2.0)) is logits
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
@@ -55,6 +77,17 @@ def test_top_p_always_leaves_one() -> None:
         ({"cfg": -1.0}, "cfg=-1.0 must be"),
         ({"cfg": math.inf}, "cfg=inf must be"),
         ({"stop_floor": 1.0}, "stop_floor=1.0 must be"),
+        ({"min_p": -0.1}, "min_p=-0.1 must be"),
+        ({"min_p": 1.1}, "min_p=1.1 must be"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0 must be"),
+        ({"repetition_penalty": math.inf}, "repetition_penalty=inf must be"),
+        ({"repetition_window": 0}, "repetition_window=0 must be"),
+        ({"stop_threshold": 0.0}, "stop_threshold=0.0 must be"),
+        ({"stop_threshold": 1.1}, "stop_threshold=1.1 must be"),
+        ({"min_duration": -1.0}, "min_duration=-1.0 must be"),
+        ({"loudness": 1.0}, "loudness=1.0 LUFS must lie"),
+        ({"loudness": -71.0}, "loudness=-71.0 LUFS must lie"),
+        ({"loudness": math.nan}, "loudness=nan LUFS must lie"),
         ({"num_candidates": 0}, "num_candidates=0 must be"),
     ],
 )

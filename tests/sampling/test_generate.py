@@ -145,6 +145,35 @@ def test_stop_probabilities_below_the_floor_are_not_drawn() -> None:
     assert high.lengths.tolist() == [60] * 4
 
 
+def test_a_stop_threshold_stops_every_seed_at_the_same_frame() -> None:
+    model = tiny_model(stop_bias=-2.0)  # probability 0.12
+    asked = request(model, limits=Limits(minimum=3, maximum=20), seeds=(0, 1, 2, 3))
+    low, high = (replace(asked, controls=replace(asked.controls, stop_threshold=p)) for p in (0.1, 0.13))
+    assert drawn(model, low).lengths.tolist() == [3] * 4
+    found = drawn(model, high)
+    assert found.lengths.tolist() == [20] * 4
+    assert torch.equal(found.codes, drawn(model, replace(asked, limits=Limits(minimum=20, maximum=20))).codes)
+
+
+@pytest.mark.parametrize("representation", ["discrete", "hybrid"])
+@pytest.mark.parametrize("cfg", [None, 2.0])
+def test_a_huge_penalty_takes_other_codes_than_the_window_has(representation: str, cfg: float | None) -> None:
+    model = tiny_model(representation)
+    loose = Controls(temperature=0.0, cfg=cfg)
+    given = drawn(model, request(model, frames=4, seeds=(9,)))
+    asked = request(model, frames=40, seeds=(0, 1), prompt=given)
+
+    def repeats(controls: Controls, distance: int) -> int:
+        drawn_ones = drawn(model, replace(asked, controls=controls)).codes
+        codes = torch.cat([given.codes.expand(2, -1, -1), drawn_ones], dim=2)  # the prompt's count as recent
+        return int((codes[:, :, distance:] == codes[:, :, :-distance])[:, :, max(0, 4 - distance) :].sum())
+
+    strict = replace(loose, repetition_penalty=1e6, repetition_window=4)
+    assert sum(repeats(loose, distance) for distance in (1, 2, 3, 4)) > 10
+    assert [repeats(strict, distance) for distance in (1, 2, 3, 4)] == [0] * 4
+    assert repeats(strict, 5) + repeats(strict, 6) > 0  # beyond the window they may come again
+
+
 def test_rows_that_stop_early_leave_the_others_alone() -> None:
     model = tiny_model(stop_bias=-2.0)
     limits = Limits(minimum=1, maximum=60)

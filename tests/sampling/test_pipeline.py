@@ -10,7 +10,8 @@ from hybridlm.checkpoint import save_model
 from hybridlm.model import HybridLM
 from sampling.controls import TEXT_GUIDANCE, Controls
 from sampling.generate import Drawn, Hear, Request, generate_frames
-from sampling.pipeline import FASTEST_SECONDS_PER_BYTE, SLACK_SECONDS, SLOWEST_SECONDS_PER_BYTE, load
+from sampling.limits import FASTEST_SECONDS_PER_BYTE, SLACK_SECONDS, SLOWEST_SECONDS_PER_BYTE
+from sampling.pipeline import AudioModel, load
 from tests.support.tiny_audio_model import tiny_model
 from tokenizer.errors import UserError
 
@@ -144,6 +145,28 @@ def test_text_never_stops_absurdly_early_and_duration_caps_it() -> None:
     assert model.generate(text=text).frames.lengths.tolist() == [math.floor(FASTEST_SECONDS_PER_BYTE * len(text) * 25)]
     assert model.generate(text=text).warnings == ()
     assert model.generate(text=text, duration=0.2).frames.lengths.tolist() == [5]
+
+
+def test_speech_lasts_at_least_min_duration_and_at_most_duration() -> None:
+    hasty, endless = tiny_model(stop_bias=30.0), tiny_model(stop_bias=-30.0)
+
+    def frames(model: AudioModel, least: float, most: float | None = None) -> list[int]:
+        made = model.generate(text="good morning", duration=most, controls=Controls(min_duration=least))
+        return made.frames.lengths.tolist()
+
+    assert frames(hasty, 2.01) == [51]
+    assert frames(hasty, 0.0) == [1]  # also below what the fastest reader takes
+    assert frames(hasty, 0.4, 0.4) == [10]
+    assert frames(endless, 0.4, 0.6) == [15]
+    assert frames(endless, 8.0) == [200]  # beyond the slowest reader's time
+    for asked, message in (
+        ({"text": "good morning", "duration": 0.5}, "min_duration=0.6 s must be at most duration=0.5 s"),
+        ({"tags": ["music"]}, "min_duration=0.6 s needs a text"),
+    ):
+        with pytest.raises(UserError, match=message):
+            hasty.generate(**asked, controls=Controls(min_duration=0.6))
+    with pytest.raises(UserError, match="must be at most 10 s, this model's longest"):
+        hasty.generate(text="good morning", controls=Controls(min_duration=10.5))
 
 
 def test_without_text_the_duration_is_exact_and_has_a_default() -> None:
