@@ -163,6 +163,10 @@ def generate(
     output: Annotated[Path, typer.Option(metavar="FILE", help="WAV or FLAC; a spectrogram PNG goes beside it.")] = Path(
         "output.wav"
     ),
+    save_plan: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Keep the drawn codes here (.safetensors), for 'hybridlm render'."),
+    ] = None,
 ) -> None:
     """Make audio from text, from tags, from a recording to continue, or from nothing."""
     from sampling.files import run
@@ -189,6 +193,46 @@ def generate(
         stop_threshold=stop_threshold,
         min_duration=min_duration,
         loudness=loudness,
+        device=str(resolve_device(device)),
+        output=output,
+        save_plan=save_plan,
+    )
+
+
+@app.command()
+def render(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="What 'generate --save-plan' wrote.")],
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME_OR_DIR", help="The model that drew it, if it has moved since.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the latents; the plan's own if not given. Of the span, with --edit.")
+    ] = None,
+    latent_temperature: Annotated[
+        float | None, typer.Option(help="It multiplies the latents' variance; the plan's own if not given.")
+    ] = None,
+    latent_steps: Annotated[
+        int | None, typer.Option(metavar="N", help="Draw latents by the model's flow head in N steps.")
+    ] = None,
+    edit: Annotated[
+        str | None, typer.Option(metavar="START:END", help="Draw only these seconds anew, codes and latents.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; CUDA where there is one if not given.")] = None,
+    output: Annotated[Path, typer.Option(metavar="FILE", help="WAV or FLAC; a spectrogram PNG goes beside it.")] = Path(
+        "rendered.wav"
+    ),
+) -> None:
+    """Make a plan's audio again: the same, with other latents of the same codes, or with a span drawn anew."""
+    from sampling.render import run
+    from tokenizer.loading import resolve_device
+
+    run(
+        plan=plan,
+        model=model,
+        seed=seed,
+        latent_temperature=latent_temperature,
+        latent_steps=latent_steps,
+        edit=edit,
         device=str(resolve_device(device)),
         output=output,
     )

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sampling.assemble import GeneratedAudio
 from sampling.files import check_writable, write_rows
-from sampling.pipeline import AudioModel, GeneratedAudio, load
+from sampling.pipeline import AudioModel, load
 
 SPEECH = (
     "Good morning. This is a small model, speaking from your own machine.",

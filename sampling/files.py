@@ -17,8 +17,10 @@ import soundfile
 from jaxtyping import Float
 from torch import Tensor
 
+from sampling.assemble import GeneratedAudio
 from sampling.controls import Controls, changed
-from sampling.pipeline import GeneratedAudio, load
+from sampling.pipeline import load
+from sampling.plan import check_name
 from tokenizer.audio import write_audio, write_spectrogram
 from tokenizer.errors import UserError
 from tokenizer.files import replacing
@@ -38,6 +40,7 @@ def run(
     seed: int | None = None,
     device: str = "cpu",
     output: str | Path = "output.wav",
+    save_plan: str | Path | None = None,
     **changes: float | int | None,
 ) -> list[Path]:
     """`hybridlm generate`: make `num_samples` recordings, write them and print one line for each.
@@ -53,6 +56,7 @@ def run(
         seed: None draws a seed, which is printed.
         device: "cpu", "cuda", ...
         output: WAV or FLAC; several become NAME-1.wav, NAME-2.wav, ...
+        save_plan: Where what `hybridlm render` reads goes, all recordings in one file; None for nowhere.
         changes: Fields of `Controls`; None for the default.
 
     Returns:
@@ -66,6 +70,8 @@ def run(
     controls = changed(Controls(), **changes)
     paths = output_paths(Path(output), num_samples)
     check_writable(paths[0])
+    if save_plan is not None:
+        check_writable(check_name(Path(save_plan)))
     seed = secrets.randbelow(2**31) if seed is None else seed
     audio_model = load(model, device=device, adapter=adapter)
     began = time.perf_counter()
@@ -77,15 +83,23 @@ def run(
         num_samples=num_samples,
         seed=seed,
         controls=controls,
+        keep_plan=save_plan is not None,
     )
     took = time.perf_counter() - began
     write_rows(made, paths)
+    if made.plan is not None and save_plan is not None:
+        made.plan.save(save_plan)
+    tell_rows(made, paths, took)
+    return paths
+
+
+def tell_rows(made: GeneratedAudio, paths: Sequence[Path], took_s: float) -> None:
+    """Print a line for each recording, and the warnings."""
     for row, path in enumerate(paths):
         length = int(made.lengths[row]) / made.sample_rate_hz
-        print(f"{path}  {length:.2f} s  {made.seconds_made / took:.1f}x real time  seed {seed + row}")
+        print(f"{path}  {length:.2f} s  {made.seconds_made / took_s:.1f}x real time  seed {made.seed + row}")
     for warning in made.warnings:
         print(f"warning: {warning}")
-    return paths
 
 
 def write_rows(audio: GeneratedAudio, paths: Sequence[Path]) -> None:

@@ -120,8 +120,13 @@ class FrameLoop:
             self._remember(context.codes[: self.rows])
 
     @torch.inference_mode()
-    def draw(self, *, may_stop: bool) -> Drawn | None:
-        """The next frame of every row; None when all have stopped."""
+    def draw(self, *, may_stop: bool, codes: Int[Tensor, "B K"] | None = None) -> Drawn | None:
+        """The next frame of every row; None when all have stopped.
+
+        Args:
+            may_stop: Whether the model's wish to stop is heard.
+            codes: The frame's codes, where they are known; latents are drawn with the same random numbers as ever.
+        """
         model, controls, config = self.model, self.controls, self.model.config
         conditional, free = (self.h[: self.rows], self.h[self.rows :]) if self.guided else (self.h, None)
         stops = _stops(model.stop_logit(conditional), row_uniforms(self.generators, 1, self.device), controls)
@@ -129,8 +134,10 @@ class FrameLoop:
             self.active = self.active & ~stops
             if not bool(self.active.any()):
                 return None
-        codes = latents = None
-        if config.uses_codes:
+        latents = None
+        if codes is not None:
+            row_uniforms(self.generators, config.output_codebooks, self.device)  # those that drew them
+        elif config.uses_codes:
             codes = model.code_head.sample(
                 conditional,
                 self.generators,
@@ -145,6 +152,11 @@ class FrameLoop:
             latents=None if latents is None else latents[:, None],
             active=self.active,
         )
+
+    def redraw(self, seeds: Sequence[int], controls: Controls) -> None:
+        """Draw what follows with fresh generators and other controls; guidance stays as it began."""
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.controls = controls
 
     @torch.inference_mode()
     def advance(self, frame: Drawn) -> None:

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from hybridlm.adapter import Base, adapter_names, load_adapter, use_adapter
-from hybridlm.checkpoint import load_model, resolve
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from hybridlm.config import ModelConfig
 from hybridlm.model import HybridLM
+from sampling.assemble import GeneratedAudio, assemble, at_loudness
 from sampling.controls import Controls, changed
 from sampling.generate import Drawn, Hear, Request, generate_frames
 from sampling.heard import HeardFeatures, can_be_heard
 from sampling.limits import frame_limits
-from sampling.loudness import TRUE_PEAK_LIMIT_DB, gain_to
+from sampling.plan import Origin, Plan
 from sampling.stream import stream_audio
 from tokenizer.audio import audio_info, read_audio
 from tokenizer.errors import UserError
@@ -27,34 +27,10 @@ from tokenizer.text import TextTokenizer
 
 PROMPT_SECONDS = 60.0
 """A longer recording is continued from its last minute: no model here looks further back."""
-SILENT_PEAK = 1e-3
-"""Below -60 dB of full scale, what is new in a recording is called silent."""
 LARGEST_SEED = 2**63 - 1
 """What a torch.Generator takes."""
 VOICE_TAGS = ("speech", "speaker:kathleen")
 """What text is spoken with when no tag is given; those of them that the model knows."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GeneratedAudio:
-    """What was made; row i equals the single generation with seed + i."""
-
-    waveform: Float[Tensor, "B 1 S"]
-    """float32 in [-1, 1]; after a row's length it is silent. A continuation begins with its prompt."""
-    sample_rate_hz: int
-    lengths: Int[Tensor, " B"]
-    """Samples per row."""
-    frames: AudioFrames
-    """The same audio as codes and latents, the prompt's frames included."""
-    seed: int
-    seconds_made: float
-    """Of new audio in all rows together, without the prompt."""
-    warnings: tuple[str, ...] = ()
-    """What a listener should know, such as a sentence that did not end by itself."""
-
-    def row(self, index: int) -> Float[Tensor, "1 S"]:
-        """One recording, cut to its length."""
-        return self.waveform[index, :, : int(self.lengths[index])]
 
 
 class AudioModel:
@@ -64,11 +40,9 @@ class AudioModel:
         model: In evaluation mode.
         tokenizer: The one whose frames the model was trained on.
         text: The text pieces and tags of its prefix.
-        base: Which weights the model has, so that adapters can be told to be of this model.
-    """
-
-    def __init__(self, model: HybridLM, tokenizer: Tokenizer, text: TextTokenizer, base: Base | None = None) -> None:
-        self.model, self.tokenizer, self.text, self.base = model, tokenizer, text, base
+from hybridlm.adapter import Base, adapter_names, load_adapter, use_adapter
+from hybridlm.checkpoint import load_model, resolve
+from hybridlm.folder import fingerprint
         self.sample_rate_hz = tokenizer.sample_rate_hz
 
     @property
@@ -108,6 +82,12 @@ class AudioModel:
         """What the audio is decoded from: latents, unless the model makes codes only."""
         return "latents" if self.model.config.predicts_latents else "codes"
 
+    @property
+    def origin(self) -> Origin:
+        """Names and fingerprints, taken anew: the weights may have changed."""
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.model.state_dict().items()}
+        return Origin(name=self.name, model=fingerprint(weights), tokenizer=self.tokenizer.fingerprint())
+
     def generate(
         self,
         text: str | None = None,
@@ -121,6 +101,7 @@ class AudioModel:
         top_p: float | None = None,
         cfg: float | None = None,
         controls: Controls | None = None,
+        keep_plan: bool = False,
     ) -> GeneratedAudio:
         """Make audio.
 
@@ -134,6 +115,7 @@ class AudioModel:
             seed: Row i is drawn with `seed + i`, and is the same alone, in a batch or streamed.
             temperature, top_k, top_p, cfg: Override those of `controls`.
             controls: See `Controls`; its defaults where None.
+            keep_plan: Give what the same audio can be made from again, and with other latents (`sampling.render`).
 
         Raises:
             UserError: for a value that makes no sense, an unknown tag, text that is empty or too long, a recording that
@@ -143,37 +125,21 @@ class AudioModel:
             raise UserError(f"num_samples={num_samples} must be at least 1")
         controls = changed(controls or Controls(), temperature=temperature, top_k=top_k, top_p=top_p, cfg=cfg)
         request = self._request(text, tags, audio, duration, seed, num_samples, controls)
-        steps = list(generate_frames(self.model, request, self._hear(request)))
-        active = torch.stack([step.active for step in steps], dim=1)  # (B, T)
-        made = active.sum(dim=1).cpu()
-        frames = self._join(request, steps, made)
-        waveform, lengths = self._decode(frames)
-        limit = request.limits.maximum
-        warnings = [
+        if keep_plan and not self.model.config.uses_codes:
+            raise UserError("a continuous model draws no codes, so it has no plan to save; leave it out")
+        steps = list(generate_frames(self.model, request, self.hear(request)))
+        made = assemble(self.tokenizer, self.source, request, steps)
+        limit, active = request.limits.maximum, torch.stack([step.active for step in steps], dim=1)  # (B, T)
+        unended = [
             f"seed {seed + row}: stopped at the limit of {limit / self.tokenizer.frame_rate_hz:.1f} s before its end"
-            for row in range(num_samples)
-            if text is not None and made[row] == limit and duration is None
+            for row, count in enumerate(active.sum(dim=1).tolist())
+            if text is not None and count == limit and duration is None
         ]
-        warnings += [
-            f"seed {seed + row}: silent; use another seed"
-            for row, peak in enumerate(self._peaks(waveform, lengths, made))
-            if peak < SILENT_PEAK
-        ]
-        if controls.loudness is not None:
-            warnings += self._level(waveform, lengths, controls.loudness, seed)
+        made = at_loudness(replace(made, warnings=(*unended, *made.warnings)), controls.loudness)
         if audio is not None and self._seconds(audio) > PROMPT_SECONDS:
-            warnings.append(
-                f"the recording is {self._seconds(audio):.0f} s long; its last {PROMPT_SECONDS:g} s are continued"
-            )
-        return GeneratedAudio(
-            waveform=waveform,
-            sample_rate_hz=self.sample_rate_hz,
-            lengths=lengths,
-            frames=frames,
-            seed=seed,
-            seconds_made=int(made.sum()) / self.tokenizer.frame_rate_hz,
-            warnings=tuple(warnings),
-        )
+            cut = f"the recording is {self._seconds(audio):.0f} s long; its last {PROMPT_SECONDS:g} s are continued"
+            made = replace(made, warnings=(*made.warnings, cut))
+        return replace(made, plan=self._plan(request, steps, text, tags)) if keep_plan else made
 
     def stream(
         self,
@@ -209,10 +175,10 @@ class AudioModel:
         if request.prompt is not None:
             kept = request.prompt.codes[:, : self.model.config.output_codebooks]
             prompt = kept if self.source == "codes" else request.prompt.latents
-        steps = generate_frames(self.model, request, self._hear(request))
+        steps = generate_frames(self.model, request, self.hear(request))
         return stream_audio(self.tokenizer, self.source, prompt, steps, chunk_frames)
 
-    def _hear(self, request: Request) -> Hear | None:
+    def hear(self, request: Request) -> Hear | None:
         """For a model that reads features: what computes them of the frames as they are drawn."""
         if self.model.config.continuous != "features":
             return None
@@ -224,6 +190,19 @@ class AudioModel:
             return heard.push(drawn)
 
         return hear
+
+    def _plan(self, request: Request, drawn: Sequence[Drawn], text: str | None, tags: Sequence[str]) -> Plan:
+        active = torch.stack([step.active for step in drawn], dim=1)  # (B, T)
+        codes = torch.cat([step.codes for step in drawn if step.codes is not None], dim=2)
+        return Plan(
+            codes=(codes * active[:, None]).cpu(),
+            lengths=active.sum(dim=1).cpu(),
+            request=request,
+            origin=self.origin,
+            frame_rate_hz=self.tokenizer.frame_rate_hz,
+            text=text,
+            tags=_names(tags),
+        )
 
     def _kept(self, prompt: AudioFrames | None) -> AudioFrames | None:
         """The prompt's frames with the codebooks that the model predicts."""
@@ -249,17 +228,13 @@ class AudioModel:
                 f"this model reads {unpredicted}, which it does not predict: it can be evaluated, but not generate; "
                 "use a model that predicts all it reads"
             )
-        if controls.latent_steps is not None and self.model.flow_head is None:
-            raise UserError(
-                f"latent_steps={controls.latent_steps} needs a model with a flow head, which this lacks; leave it out"
-            )
+        check_latent_steps(controls, self.model)
         if not 0 <= seed <= LARGEST_SEED - num_samples:
             raise UserError(f"seed={seed} must be at least 0 and below 2**63 - num_samples")
         limits = frame_limits(text, duration, controls, self.tokenizer.frame_rate_hz, config.max_frames)
-        if isinstance(tags, str):
-            tags = (tags,)
+        tags = _names(tags)
         if text is not None:
-            tags = tuple(tags) or tuple(tag for tag in VOICE_TAGS if tag in self.text.tags)
+            tags = tags or tuple(tag for tag in VOICE_TAGS if tag in self.text.tags)
         return Request(
             prefix=self.text.encode(text or "", list(tags)),
             # With a text it is the text alone that guidance strengthens, not the voice.
@@ -292,66 +267,6 @@ class AudioModel:
         device = next(self.model.parameters()).device
         return self.tokenizer.encode(waveform.reshape(1, 1, -1).float().to(device))
 
-    def _join(self, request: Request, drawn: Sequence[Drawn], made: Int[Tensor, " B"]) -> AudioFrames:
-        """The prompt's frames and the drawn ones; a stream that is not drawn in full follows from the other."""
-        prompt, rows = request.prompt, len(request.seeds)
-        before = 0 if prompt is None else prompt.latents.shape[1]
-        codes = (
-            torch.cat([frame.codes for frame in drawn if frame.codes is not None], dim=2)
-            if drawn[0].codes is not None
-            else None
-        )
-        if drawn[0].latents is not None:
-            latents = torch.cat([frame.latents for frame in drawn if frame.latents is not None], dim=1)
-            if codes is None or codes.shape[1] < self.tokenizer.num_codebooks:
-                codes = self.tokenizer.quantize(latents)
-        else:
-            assert codes is not None
-            latents = self.tokenizer.dequantize(codes)
-        if prompt is not None:
-            kept = prompt.codes[:, : codes.shape[1]]
-            past = prompt.latents if self.source == "latents" else self.tokenizer.dequantize(kept)
-            codes = torch.cat([kept.expand(rows, -1, -1), codes], dim=2)
-            latents = torch.cat([past.expand(rows, -1, -1), latents], dim=1)
-        return AudioFrames(codes=codes, latents=latents, lengths=made + before)
-
-    def _peaks(self, waveform: Tensor, lengths: Tensor, made: Tensor) -> list[float]:
-        """Loudest sample of what is new in each row."""
-        new = (made * self.tokenizer.hop_length).tolist()
-        return [
-            float(row[0, max(0, length - count) : length].abs().max())
-            for row, length, count in zip(waveform, lengths.tolist(), new, strict=True)
-        ]
-
-    def _level(self, waveform: Float[Tensor, "B 1 S"], lengths: Tensor, lufs: float, seed: int) -> list[str]:
-        """Bring every row of one's own waveform to a loudness; returns warnings."""
-        warnings = []
-        for row, length in enumerate(lengths.tolist()):
-            gain = gain_to(lufs, waveform[row, :, :length], self.sample_rate_hz)
-            if gain is None:
-                warnings.append(f"seed {seed + row}: too short or too quiet to have a loudness; left as it is")
-                continue
-            waveform[row] *= gain.factor
-            if gain.lufs < lufs - 0.05:
-                warnings.append(
-                    f"seed {seed + row}: {gain.lufs:.1f} LUFS instead of {lufs:g}, for its true peak is at "
-                    f"{TRUE_PEAK_LIMIT_DB:g} dB"
-                )
-        return warnings
-
-    @torch.no_grad()  # and no inference mode: its tensors would be of no use to a caller who trains on the audio
-    def _decode(self, frames: AudioFrames) -> tuple[Float[Tensor, "B 1 S"], Int[Tensor, " B"]]:
-        """Audio of every row on its own: what follows a row's end in the batch can't reach its last samples."""
-        lengths = frames.lengths * self.tokenizer.hop_length
-        waveform = torch.zeros(len(lengths), 1, int(lengths.max()))
-        for row, count in enumerate(frames.lengths.tolist()):
-            if self.source == "latents":
-                samples = self.tokenizer.decode_latents(frames.latents[row : row + 1, :count])
-            else:
-                samples = self.tokenizer.decode_codes(frames.codes[row : row + 1, :, :count])
-            waveform[row, :, : samples.shape[-1]] = samples[0].float().cpu()
-        return waveform, lengths
-
 
 def load(
     name_or_dir: str | Path = "box",
@@ -370,14 +285,19 @@ def load(
     Raises:
         UserError: when there is no such model or device, a folder is damaged, or an adapter is of another model.
     """
-    several = dict(adapter) if isinstance(adapter, Mapping) else {}
-    found = load_model(name_or_dir, device=device, adapter=None if isinstance(adapter, Mapping) else adapter)
-    model = AudioModel(found.model, found.tokenizer, found.text, found.base)
-    for name, folder in several.items():
-        model.add_adapter(folder, name)
-    if several:
-        model.use_adapter(next(iter(several)))
-    return model
+        base: Which weights the model has, so that adapters can be told to be of this model.
+        name: What it was loaded by.
+    """
+
+    def __init__(
+        self,
+        model: HybridLM,
+        tokenizer: Tokenizer,
+        text: TextTokenizer,
+        base: Base | None = None,
+        name: str = "unnamed",
+    ) -> None:
+        self.model, self.tokenizer, self.text, self.base, self.name = model, tokenizer, text, base, name
 
 
 def _unpredicted(config: ModelConfig, tokenizer: Tokenizer) -> str | None:

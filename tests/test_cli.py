@@ -36,7 +36,10 @@ CONTRACT = {
         ),
         *("--latent-temperature", "--latent-steps"),
         *("--top-k", "--top-p", "--min-p", "--repetition-penalty", "--repetition-window", "--cfg"),
-        *("--stop-threshold", "--min-duration", "--loudness", "--device", "--output"),
+        *("--stop-threshold", "--min-duration", "--loudness", "--device", "--output", "--save-plan"),
+    },
+    "render": {
+        *("plan", "--model", "--seed", "--latent-temperature", "--latent-steps", "--edit", "--device", "--output"),
     },
     "reconstruct": {"input", "output", "--tokenizer", "--from", "--num-codebooks", "--json"},
     "enhance": {"input", "output", "--model", "--phase", "--device", "--json"},

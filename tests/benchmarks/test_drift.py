@@ -25,8 +25,9 @@ from benchmarks.drift_measure import (
     teacher_forced,
 )
 from benchmarks.drift_report import MEASURES, SIGNED, Variant, cell, figures, slopes
+from sampling.assemble import GeneratedAudio
 from sampling.controls import Controls
-from sampling.pipeline import AudioModel, GeneratedAudio
+from sampling.pipeline import AudioModel
 from tests.support.saved_model import save_tiny_model
 from tests.support.tiny_audio_model import tiny_model, tiny_tokenizer
 from tokenizer.audio import write_audio

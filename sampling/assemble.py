@@ -1,0 +1,139 @@
+"""From drawn frames to audio: joining them to their prompt, decoding, and what a listener should know of the result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sampling.generate import Drawn, Request
+from sampling.loudness import TRUE_PEAK_LIMIT_DB, gain_to
+from sampling.plan import Plan
+from tokenizer.frames import AudioFrames, Source, Tokenizer
+
+SILENT_PEAK = 1e-3
+"""Below -60 dB of full scale, what is new in a recording is called silent."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GeneratedAudio:
+    """What was made; row i equals the single generation with seed + i."""
+
+    waveform: Float[Tensor, "B 1 S"]
+    """float32 in [-1, 1]; after a row's length it is silent. A continuation begins with its prompt."""
+    sample_rate_hz: int
+    lengths: Int[Tensor, " B"]
+    """Samples per row."""
+    frames: AudioFrames
+    """The same audio as codes and latents, the prompt's frames included."""
+    seed: int
+    seconds_made: float
+    """Of new audio in all rows together, without the prompt."""
+    warnings: tuple[str, ...] = ()
+    """What a listener should know, such as a sentence that did not end by itself."""
+    plan: Plan | None = None
+    """What `sampling.render` makes the audio from again, where it was asked for."""
+
+    def row(self, index: int) -> Float[Tensor, "1 S"]:
+        """One recording, cut to its length."""
+        return self.waveform[index, :, : int(self.lengths[index])]
+
+
+def assemble(tokenizer: Tokenizer, source: Source, request: Request, drawn: Sequence[Drawn]) -> GeneratedAudio:
+    """The audio of frames that were drawn one after the other.
+
+    Args:
+        tokenizer: Decodes.
+        source: What the audio is decoded from.
+        request: What was drawn for.
+        drawn: At least one frame.
+    """
+    made = torch.stack([step.active for step in drawn], dim=1).sum(dim=1).cpu()
+    frames = _join(tokenizer, source, request, drawn, made)
+    waveform, lengths = _decode(tokenizer, source, frames)
+    new, seed = (made * tokenizer.hop_length).tolist(), request.seeds[0]
+    peaks = [
+        float(row[0, max(0, length - count) : length].abs().max())
+        for row, length, count in zip(waveform, lengths.tolist(), new, strict=True)
+    ]
+    return GeneratedAudio(
+        waveform=waveform,
+        sample_rate_hz=tokenizer.sample_rate_hz,
+        lengths=lengths,
+        frames=frames,
+        seed=seed,
+        seconds_made=int(made.sum()) / tokenizer.frame_rate_hz,
+        warnings=tuple(
+            f"seed {seed + row}: silent; use another seed" for row, peak in enumerate(peaks) if peak < SILENT_PEAK
+        ),
+    )
+
+
+def at_loudness(audio: GeneratedAudio, lufs: float | None, like: GeneratedAudio | None = None) -> GeneratedAudio:
+    """Every row brought to a loudness.
+
+    Args:
+        audio: As it was decoded.
+        lufs: None changes nothing.
+        like: The recording whose gain is taken; None: one's own.
+    """
+    if lufs is None:
+        return audio
+    waveform, warnings, measured = audio.waveform.clone(), list(audio.warnings), like or audio
+    for row in range(len(waveform)):
+        gain = gain_to(lufs, measured.row(row), audio.sample_rate_hz)
+        if gain is None:
+            warnings.append(f"seed {audio.seed + row}: too short or too quiet to have a loudness; left as it is")
+            continue
+        waveform[row] *= gain.factor
+        if gain.lufs < lufs - 0.05:
+            warnings.append(
+                f"seed {audio.seed + row}: {gain.lufs:.1f} LUFS instead of {lufs:g}, for its true peak is at "
+                f"{TRUE_PEAK_LIMIT_DB:g} dB"
+            )
+    return replace(audio, waveform=waveform.clamp(-1.0, 1.0), warnings=tuple(warnings))
+
+
+def _join(
+    tokenizer: Tokenizer, source: Source, request: Request, drawn: Sequence[Drawn], made: Int[Tensor, " B"]
+) -> AudioFrames:
+    """The prompt's frames and the drawn ones; a stream that is not drawn in full follows from the other."""
+    prompt, rows = request.prompt, len(request.seeds)
+    before = 0 if prompt is None else prompt.latents.shape[1]
+    codes = (
+        torch.cat([frame.codes for frame in drawn if frame.codes is not None], dim=2)
+        if drawn[0].codes is not None
+        else None
+    )
+    if drawn[0].latents is not None:
+        latents = torch.cat([frame.latents for frame in drawn if frame.latents is not None], dim=1)
+        if codes is None or codes.shape[1] < tokenizer.num_codebooks:
+            codes = tokenizer.quantize(latents)
+    else:
+        assert codes is not None
+        latents = tokenizer.dequantize(codes)
+    if prompt is not None:
+        kept = prompt.codes[:, : codes.shape[1]]
+        past = prompt.latents if source == "latents" else tokenizer.dequantize(kept)
+        codes = torch.cat([kept.expand(rows, -1, -1), codes], dim=2)
+        latents = torch.cat([past.expand(rows, -1, -1), latents], dim=1)
+    return AudioFrames(codes=codes, latents=latents, lengths=made + before)
+
+
+@torch.no_grad()  # and no inference mode: its tensors would be of no use to a caller who trains on the audio
+def _decode(
+    tokenizer: Tokenizer, source: Source, frames: AudioFrames
+) -> tuple[Float[Tensor, "B 1 S"], Int[Tensor, " B"]]:
+    """Audio of every row on its own: what follows a row's end in the batch can't reach its last samples."""
+    lengths = frames.lengths * tokenizer.hop_length
+    waveform = torch.zeros(len(lengths), 1, int(lengths.max()))
+    for row, count in enumerate(frames.lengths.tolist()):
+        if source == "latents":
+            samples = tokenizer.decode_latents(frames.latents[row : row + 1, :count])
+        else:
+            samples = tokenizer.decode_codes(frames.codes[row : row + 1, :, :count])
+        waveform[row, :, : samples.shape[-1]] = samples[0].float().cpu()
+    return waveform, lengths
