@@ -132,6 +132,12 @@ def generate(
     text: Annotated[str | None, typer.Option(help="What to say.", callback=_check_text)] = None,
     tag: Annotated[list[str] | None, typer.Option(help="What it should be; may be repeated.")] = None,
     audio: Annotated[Path | None, typer.Option(metavar="PROMPT", help="A recording to continue.")] = None,
+    reference: Annotated[
+        Path | None, typer.Option(metavar="AUDIO", help="A recording to sound like; it is not in the result.")
+    ] = None,
+    reference_text: Annotated[
+        str | None, typer.Option(help="What is said in the reference, if you know.", callback=_check_text)
+    ] = None,
     duration: Annotated[float | None, typer.Option(help="Seconds; for text, a limit.")] = None,
     num_samples: Annotated[int, typer.Option(help="How many.")] = 1,
     seed: Annotated[int | None, typer.Option(help="Same seed, same audio; drawn and printed if not given.")] = None,
@@ -178,6 +184,8 @@ def generate(
         text=text,
         tags=tag or (),
         audio=audio,
+        reference=reference,
+        reference_text=reference_text,
         duration=duration,
         num_samples=num_samples,
         seed=seed,

@@ -233,8 +233,16 @@ class HybridLM(nn.Module):
         prefix: Int[Tensor, "B P"],
         prefix_mask: Bool[Tensor, "B P"],
         frames: AudioFrames | None = None,
+        place: Float[Tensor, " B"] | None = None,
     ) -> tuple[Float[Tensor, "B C"], ModelCache]:
         """Read the prefix and, for a continuation, the frames to be continued (rows may differ in length).
+
+        Args:
+            prefix: See `states`.
+            prefix_mask: See `states`.
+            frames: What comes before the first frame that is predicted.
+            place: Pieces of the text that these frames have spoken, of which alone they know; a reader goes on from
+                there. None: the frames know the whole text, and the reader walks through it with them.
 
         Returns:
             The state that predicts the next frame of each row, and the cache for `step`.
@@ -254,8 +262,9 @@ class HybridLM(nn.Module):
             key_mask = torch.cat([prefix_mask, valid], dim=1)
         positions = (key_mask.cumsum(dim=1) - 1).clamp(min=0)
         cache, visible = KeyValueCache.empty(), None if bool(key_mask.all()) else key_mask
-        walked = self._walk(reading, x, positions, visible) if frames is not None else None
-        if reading is not None and walked is not None:
+        if reading is not None and frames is not None and place is not None:
+            reading.guide = TextReader.spoken_guide(place, frames.lengths, frames.latents.shape[1] + 1)
+        elif frames is not None and (walked := self._walk(reading, x, positions, visible)) is not None:
             reading.guide = Guide(before=walked.before)
         output = self.decoder(x, positions, key_mask=visible, cache=cache, after_layer=reading)
         rows = torch.arange(batch, device=prefix.device)

@@ -87,6 +87,8 @@ class Guide:
     """Where each state should move it, in training."""
     known: Bool[Tensor, " B"] | None = None
     """Rows whose `before` and `places` count; the others are shown an even pace."""
+    reach: Float[Tensor, "B L"] | None = None
+    """Pieces, from the first on, that each state may see; None: all of them."""
 
 
 class Glance(nn.Module):
@@ -125,7 +127,11 @@ class Glance(nn.Module):
             return (places + MIDDLE_MOVE + WIDEST_MOVE * torch.tanh(moved)).clamp(min=0)
 
     def forward(
-        self, states: Float[Tensor, "B L C"], page: Page, places: Float[Tensor, "B L"]
+        self,
+        states: Float[Tensor, "B L C"],
+        page: Page,
+        places: Float[Tensor, "B L"],
+        reach: Float[Tensor, "B L"] | None = None,
     ) -> Float[Tensor, "B L C"]:
         batch, length, _ = states.shape
         query = self.query(self.norm(states)).view(batch, length, self.heads, self.head_dim).transpose(1, 2)
@@ -133,6 +139,8 @@ class Glance(nn.Module):
         distance = page.numbers[:, None, None] - places[:, None, :, None] - self.centre[:, None, None]
         scores = scores - 0.5 * (distance * (-self.log_width).exp()[:, None, None]).square()
         scores = scores.masked_fill(~page.mask[:, None, None], OFF_TEXT)
+        if reach is not None:
+            scores = scores.masked_fill(page.numbers[:, None, None] > reach[:, None, :, None], OFF_TEXT)
         nothing = self.nothing[:, None, None].expand(batch, -1, length, 1)
         weights = torch.cat([scores, nothing], dim=-1).softmax(dim=-1)[..., :-1]
         read = weights.to(query.dtype) @ page.values.to(query.dtype)  # (B, J, L, E)
@@ -193,6 +201,17 @@ class TextReader(nn.Module):
         before = torch.where(guide.known[:, None], guide.before, even)
         return Guide(before=before, places=guide.places, known=guide.known)
 
+    @staticmethod
+    def spoken_guide(place: Float[Tensor, " B"], lengths: Int[Tensor, " B"], states: int) -> Guide:
+        """A guide for frames that speak the pieces up to `place`: at an even pace, and seeing none of those after it.
+
+        The state after a row's last frame stands at `place` and sees all.
+        """
+        time = torch.arange(states, device=lengths.device)
+        share = (time / lengths[:, None].clamp(min=1)).clamp(max=1.0)
+        place = place[:, None]
+        return Guide(before=place * share, reach=torch.where(time < lengths[:, None], place, math.inf))
+
 
 def _calm(x: Float[Tensor, "*N C"]) -> Float[Tensor, "*N C"]:
     """To unit length: one number made of many channels, all of which an optimizer moves at once, would jump."""
@@ -223,7 +242,8 @@ class Reading:
         places = glance.move(states, before)
         if glance.shift is not None:
             self.places.append(places)
-        states = states + glance(states, self.page, places)
+        reach = self.guide.reach if self.guide else None
+        states = states + glance(states, self.page, places, reach)
         return torch.cat([x[:, : self.first_column], states], dim=1) if self.first_column else states
 
     @property

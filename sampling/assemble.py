@@ -28,7 +28,7 @@ class GeneratedAudio:
     lengths: Int[Tensor, " B"]
     """Samples per row."""
     frames: AudioFrames
-    """The same audio as codes and latents, the prompt's frames included."""
+    """The same audio as codes and latents, the frames of a continued prompt included."""
     seed: int
     seconds_made: float
     """Of new audio in all rows together, without the prompt."""
@@ -101,7 +101,7 @@ def _join(
     tokenizer: Tokenizer, source: Source, request: Request, drawn: Sequence[Drawn], made: Int[Tensor, " B"]
 ) -> AudioFrames:
     """The prompt's frames and the drawn ones; a stream that is not drawn in full follows from the other."""
-    prompt, rows = request.prompt, len(request.seeds)
+    prompt, rows = None if request.reference else request.prompt, len(request.seeds)
     before = 0 if prompt is None else prompt.latents.shape[1]
     codes = (
         torch.cat([frame.codes for frame in drawn if frame.codes is not None], dim=2)

@@ -35,6 +35,8 @@ def run(
     text: str | None = None,
     tags: Sequence[str] = (),
     audio: str | Path | None = None,
+    reference: str | Path | None = None,
+    reference_text: str | None = None,
     duration: float | None = None,
     num_samples: int = 1,
     seed: int | None = None,
@@ -51,6 +53,8 @@ def run(
         text: What to say; None for music, sound or a continuation.
         tags: Names of tags, such as "music".
         audio: A recording to continue.
+        reference: A recording to sound like.
+        reference_text: What is said in it.
         duration: Seconds to make; for text, a limit.
         num_samples: How many; the i-th equals a single one made with `seed + i`.
         seed: None draws a seed, which is printed.
@@ -79,6 +83,8 @@ def run(
         text=text,
         tags=tags,
         audio=audio,
+        reference=reference,
+        reference_text=reference_text,
         duration=duration,
         num_samples=num_samples,
         seed=seed,

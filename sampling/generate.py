@@ -59,6 +59,10 @@ class Request:
     """One per row."""
     controls: Controls
     """Without a `cfg`, nothing is guided."""
+    reference: bool = False
+    """Whether the prompt is looked at only, and no part of the result."""
+    place: int | None = None
+    """Pieces of the text that the prompt has spoken, which a reader goes on from; None: it finds out by itself."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,7 +117,10 @@ class FrameLoop:
         self.active = torch.ones(self.rows, dtype=torch.bool, device=self.device)
         prefix, mask = _prefixes(request, self.guided, self.device)
         context = _context(request, prefix.shape[0])
-        self.h, self.cache = model.start(prefix, mask, context)
+        place = None
+        if request.place is not None:
+            place = torch.full((prefix.shape[0],), float(request.place), device=self.device)
+        self.h, self.cache = model.start(prefix, mask, context, place)
         self.recent = torch.zeros(self.rows, model.config.output_codebooks, 0, dtype=torch.int64, device=self.device)
         """Codes (B, K, W) that a penalty on repetition looks at."""
         if context is not None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from hybridlm.adapter import Base, adapter_names, load_adapter, use_adapter
+from hybridlm.checkpoint import load_model, resolve
 from hybridlm.config import ModelConfig
+from hybridlm.folder import fingerprint
 from hybridlm.model import HybridLM
 from sampling.assemble import GeneratedAudio, assemble, at_loudness
 from sampling.controls import Controls, changed
@@ -33,6 +36,19 @@ VOICE_TAGS = ("speech", "speaker:kathleen")
 """What text is spoken with when no tag is given; those of them that the model knows."""
 
 
+class Past(NamedTuple):
+    """A recording that comes before what is made."""
+
+    frames: AudioFrames
+    """At most the last minute."""
+    reference: bool
+    """Whether it is looked at only."""
+    text: str | None
+    """What is known to be said in a reference."""
+    cut_from: float | None
+    """Seconds of a recording that was longer."""
+
+
 class AudioModel:
     """A language model, the tokenizer of its frames and the pieces of its text.
 
@@ -40,9 +56,19 @@ class AudioModel:
         model: In evaluation mode.
         tokenizer: The one whose frames the model was trained on.
         text: The text pieces and tags of its prefix.
-from hybridlm.adapter import Base, adapter_names, load_adapter, use_adapter
-from hybridlm.checkpoint import load_model, resolve
-from hybridlm.folder import fingerprint
+        base: Which weights the model has, so that adapters can be told to be of this model.
+        name: What it was loaded by.
+    """
+
+    def __init__(
+        self,
+        model: HybridLM,
+        tokenizer: Tokenizer,
+        text: TextTokenizer,
+        base: Base | None = None,
+        name: str = "unnamed",
+    ) -> None:
+        self.model, self.tokenizer, self.text, self.base, self.name = model, tokenizer, text, base, name
         self.sample_rate_hz = tokenizer.sample_rate_hz
 
     @property
@@ -101,6 +127,8 @@ from hybridlm.folder import fingerprint
         top_p: float | None = None,
         cfg: float | None = None,
         controls: Controls | None = None,
+        reference: str | Path | Float[Tensor, "1 S"] | None = None,
+        reference_text: str | None = None,
         keep_plan: bool = False,
     ) -> GeneratedAudio:
         """Make audio.
@@ -115,6 +143,10 @@ from hybridlm.folder import fingerprint
             seed: Row i is drawn with `seed + i`, and is the same alone, in a batch or streamed.
             temperature, top_k, top_p, cfg: Override those of `controls`.
             controls: See `Controls`; its defaults where None.
+            reference: A recording, or its last minute, that the model looks at as if it came before, so that the new
+                audio may take after it; the result has none of it. Its text is unknown to the model but for
+                `reference_text`, and `text` begins after it.
+            reference_text: What is said in the reference, if `text` goes on in the same voice.
             keep_plan: Give what the same audio can be made from again, and with other latents (`sampling.render`).
 
         Raises:
@@ -124,7 +156,8 @@ from hybridlm.folder import fingerprint
         if num_samples < 1:
             raise UserError(f"num_samples={num_samples} must be at least 1")
         controls = changed(controls or Controls(), temperature=temperature, top_k=top_k, top_p=top_p, cfg=cfg)
-        request = self._request(text, tags, audio, duration, seed, num_samples, controls)
+        past = self._past(text, audio, reference, reference_text)
+        request = self._request(text, tags, past, duration, seed, num_samples, controls)
         if keep_plan and not self.model.config.uses_codes:
             raise UserError("a continuous model draws no codes, so it has no plan to save; leave it out")
         steps = list(generate_frames(self.model, request, self.hear(request)))
@@ -136,8 +169,9 @@ from hybridlm.folder import fingerprint
             if text is not None and count == limit and duration is None
         ]
         made = at_loudness(replace(made, warnings=(*unended, *made.warnings)), controls.loudness)
-        if audio is not None and self._seconds(audio) > PROMPT_SECONDS:
-            cut = f"the recording is {self._seconds(audio):.0f} s long; its last {PROMPT_SECONDS:g} s are continued"
+        if past is not None and past.cut_from is not None:
+            used = "looked at" if past.reference else "continued"
+            cut = f"the recording is {past.cut_from:.0f} s long; its last {PROMPT_SECONDS:g} s are {used}"
             made = replace(made, warnings=(*made.warnings, cut))
         return replace(made, plan=self._plan(request, steps, text, tags)) if keep_plan else made
 
@@ -154,6 +188,8 @@ from hybridlm.folder import fingerprint
         cfg: float | None = None,
         controls: Controls | None = None,
         chunk_frames: int = 5,
+        reference: str | Path | Float[Tensor, "1 S"] | None = None,
+        reference_text: str | None = None,
     ) -> Iterator[Float[Tensor, "1 1 S"]]:
         """Make one recording and hand it out while it is made; the pieces, joined, equal `generate` to 1e-5.
 
@@ -166,13 +202,14 @@ from hybridlm.folder import fingerprint
         if chunk_frames < 1:
             raise UserError(f"chunk_frames={chunk_frames} must be at least 1")
         controls = changed(controls or Controls(), temperature=temperature, top_k=top_k, top_p=top_p, cfg=cfg)
+        past = self._past(text, audio, reference, reference_text)
         if controls.loudness is not None:
             raise UserError(
                 f"loudness={controls.loudness} LUFS needs the whole recording, which a stream has not; leave it out"
             )
-        request = self._request(text, tags, audio, duration, seed, 1, controls)
+        request = self._request(text, tags, past, duration, seed, 1, controls)
         prompt = None
-        if request.prompt is not None:
+        if request.prompt is not None and not request.reference:
             kept = request.prompt.codes[:, : self.model.config.output_codebooks]
             prompt = kept if self.source == "codes" else request.prompt.latents
         steps = generate_frames(self.model, request, self.hear(request))
@@ -214,7 +251,7 @@ from hybridlm.folder import fingerprint
         self,
         text: str | None,
         tags: Sequence[str],
-        audio: str | Path | Tensor | None,
+        past: Past | None,
         duration: float | None,
         seed: int,
         num_samples: int,
@@ -234,17 +271,60 @@ from hybridlm.folder import fingerprint
         limits = frame_limits(text, duration, controls, self.tokenizer.frame_rate_hz, config.max_frames)
         tags = _names(tags)
         if text is not None:
-            tags = tags or tuple(tag for tag in VOICE_TAGS if tag in self.text.tags)
+            voice = VOICE_TAGS[:1] if past is not None and past.reference else VOICE_TAGS
+            tags = tags or tuple(tag for tag in voice if tag in self.text.tags)
+        context = max(1, config.max_frames - limits.maximum)
+        pieces, place = self.text.encode(text), None
+        if past is not None and past.reference and text is not None:
+            spoken = self.text.encode(past.text)[:-1]
+            pieces, place = spoken + pieces, len(spoken)
+            rate, frames = self.tokenizer.frame_rate_hz, past.frames.latents.shape[1]
+            if spoken and frames > context:
+                raise UserError(
+                    f"reference of {frames / rate:.1f} s is too long: with reference_text, this model looks at most at "
+                    f"{context / rate:.1f} s; cut both"
+                )
         return Request(
-            prefix=self.text.encode(text or "", list(tags)),
+            prefix=self.text.encode(None, list(tags))[:-1] + pieces,
             # With a text it is the text alone that guidance strengthens, not the voice.
             unconditional=self.text.encode("", list(tags) if text is not None else []),
-            prompt=None if audio is None else self._encode(audio),
+            prompt=None if past is None else past.frames,
             # What lies further back than the model's longest sequence is kept in the result, but not looked at.
-            context_frames=max(1, config.max_frames - limits.maximum),
+            context_frames=context,
             limits=limits,
             seeds=tuple(seed + row for row in range(num_samples)),
             controls=replace(controls, cfg=controls.guidance(with_text=text is not None and config.uses_codes)),
+            reference=past is not None and past.reference,
+            place=place,
+        )
+
+    def _past(
+        self,
+        text: str | None,
+        audio: str | Path | Tensor | None,
+        reference: str | Path | Tensor | None,
+        reference_text: str | None,
+    ) -> Past | None:
+        """What the model shall believe to come before."""
+        if audio is not None and reference is not None:
+            raise UserError("audio is continued and a reference is not heard; give only one of them")
+        if reference_text is not None and (reference is None or text is None):
+            raise UserError("reference_text is what a reference says before text; give both, or leave it out")
+        if reference_text is not None and not reference_text.strip():
+            raise UserError("reference_text is empty; say what the reference says, or leave it out")
+        if reference is not None and text is not None and reference_text is None and self.model.reader is None:
+            raise UserError(
+                "this model has no reader to tell it that text begins after the reference; give reference_text"
+            )
+        given = audio if reference is None else reference
+        if given is None:
+            return None
+        seconds = self._seconds(given)
+        return Past(
+            frames=self._encode(given),
+            reference=reference is not None,
+            text=reference_text,
+            cut_from=seconds if seconds > PROMPT_SECONDS else None,
         )
 
     def _seconds(self, audio: str | Path | Tensor) -> float:
@@ -285,19 +365,28 @@ def load(
     Raises:
         UserError: when there is no such model or device, a folder is damaged, or an adapter is of another model.
     """
-        base: Which weights the model has, so that adapters can be told to be of this model.
-        name: What it was loaded by.
-    """
+    several = dict(adapter) if isinstance(adapter, Mapping) else {}
+    found = load_model(name_or_dir, device=device, adapter=None if isinstance(adapter, Mapping) else adapter)
+    model = AudioModel(found.model, found.tokenizer, found.text, found.base, str(name_or_dir))
+    for name, folder in several.items():
+        model.add_adapter(folder, name)
+    if several:
+        model.use_adapter(next(iter(several)))
+    return model
 
-    def __init__(
-        self,
-        model: HybridLM,
-        tokenizer: Tokenizer,
-        text: TextTokenizer,
-        base: Base | None = None,
-        name: str = "unnamed",
-    ) -> None:
-        self.model, self.tokenizer, self.text, self.base, self.name = model, tokenizer, text, base, name
+
+def check_latent_steps(controls: Controls, model: HybridLM) -> None:
+    """Raises:
+    UserError: steps of a flow head that the model lacks.
+    """
+    if controls.latent_steps is not None and model.flow_head is None:
+        raise UserError(
+            f"latent_steps={controls.latent_steps} needs a model with a flow head, which this lacks; leave it out"
+        )
+
+
+def _names(tags: Sequence[str]) -> tuple[str, ...]:
+    return (tags,) if isinstance(tags, str) else tuple(tags)
 
 
 def _unpredicted(config: ModelConfig, tokenizer: Tokenizer) -> str | None:

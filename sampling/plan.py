@@ -57,6 +57,8 @@ class _Facts:
     prefix: list[int]
     unconditional: list[int]
     prompt_frames: int
+    reference: bool
+    place: int | None
     context_frames: int
     seed: int
     controls: Controls
@@ -79,8 +81,8 @@ class Plan:
 
     @property
     def prompt_frames(self) -> int:
-        """Frames of the prompt; 0 without one."""
-        return 0 if self.request.prompt is None else self.request.prompt.latents.shape[1]
+        """Frames of a prompt that the recordings begin with."""
+        return 0 if self.request.prompt is None or self.request.reference else self.request.prompt.latents.shape[1]
 
     def save(self, path: str | Path) -> None:
         """Write the file, whole or not at all.
@@ -97,7 +99,9 @@ class Plan:
             tags=list(self.tags),
             prefix=list(request.prefix),
             unconditional=list(request.unconditional),
-            prompt_frames=self.prompt_frames,
+            prompt_frames=0 if request.prompt is None else request.prompt.latents.shape[1],
+            reference=request.reference,
+            place=request.place,
             context_frames=request.context_frames,
             seed=request.seeds[0],
             controls=request.controls,
@@ -187,6 +191,8 @@ def _plan(tensors: Mapping[str, Tensor], facts_json: Any, path: Path) -> Plan:
         limits=Limits(minimum=frames, maximum=frames),
         seeds=tuple(facts.seed + row for row in range(rows)),
         controls=facts.controls,
+        reference=facts.reference,
+        place=facts.place,
     )
     return Plan(
         codes=codes,

@@ -34,6 +34,7 @@ CONTRACT = {
             "--seed",
             "--temperature",
         ),
+        *("--reference", "--reference-text"),
         *("--latent-temperature", "--latent-steps"),
         *("--top-k", "--top-p", "--min-p", "--repetition-penalty", "--repetition-window", "--cfg"),
         *("--stop-threshold", "--min-duration", "--loudness", "--device", "--output", "--save-plan"),
@@ -182,6 +183,8 @@ def test_every_option_of_generate_reaches_the_model(command: Command, model: Pat
         ("--tag", "speech", "--tag", "speaker:kathleen"),
         ("--text", "Good morning."),
         ("--audio", prompt),
+        ("--reference", prompt),
+        ("--reference", prompt, "--text", "Good morning.", "--reference-text", "hm"),
     ):
         assert audio(*words) != plain, words
     text = ("--text", "hm", "--stop-threshold", 0.001)
