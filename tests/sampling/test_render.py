@@ -166,9 +166,12 @@ def test_edits_at_either_end_and_by_other_settings() -> None:
     first, last = render(model, plan, seed=8, edit=(0.0, 0.2)), render(model, plan, seed=8, edit=(0.4, 0.6))
     assert torch.equal(first.frames.codes[:, :, 5:], plan.codes[:, :, 5:])
     assert torch.equal(last.frames.codes[:, :, :10], plan.codes[:, :, :10])
-    cold = render(model, plan, seed=8, edit=(0.4, 0.6), latent_temperature=0.0)
-    assert torch.equal(cold.frames.latents[:, :10], made.frames.latents[:, :10])
-    assert not torch.equal(cold.frames.latents[:, 10:], last.frames.latents[:, 10:])
+    warm = render(model, plan, seed=8, edit=(0.2, 0.4))
+    cold = render(model, plan, seed=8, edit=(0.2, 0.4), latent_temperature=0.0)
+    assert torch.equal(cold.frames.latents[:, :5], made.frames.latents[:, :5])
+    assert torch.equal(cold.frames.latents[:, 10:], made.frames.latents[:, 10:])
+    assert torch.equal(cold.waveform[..., 10 * HOP + FADE :], made.waveform[..., 10 * HOP + FADE :])
+    assert not torch.equal(cold.frames.latents[:, 5:10], warm.frames.latents[:, 5:10])
 
 
 def test_loudness_is_part_of_a_plan_and_an_edit_keeps_the_gain() -> None:
