@@ -120,6 +120,19 @@ class KeyValueCache:
             first_layer=self.first_layer,
         )
 
+    def compact(self) -> KeyValueCache:
+        """Without the first columns, as far as they are padding in every row."""
+        first = int(self.real().any(dim=0).to(torch.int8).argmax())
+        if first == 0:
+            return self
+        return KeyValueCache(
+            keys=[_grow(k, None, self.length - first, k[:, :, first : self.length]) for k in self.keys],
+            values=[_grow(v, None, self.length - first, v[:, :, first : self.length]) for v in self.values],
+            length=self.length - first,
+            key_mask=_with_room(self.real()[:, first:]),
+            first_layer=self.first_layer,
+        )
+
     def forget(self, sinks: Int[Tensor, " B"], dropped: Int[Tensor, " B"], rotation: Rotation) -> KeyValueCache:
         """A new cache without the `dropped` positions of each row that come after its first `sinks`; and without
         columns that are padding in every row.

@@ -73,6 +73,10 @@ class ModelCache:
             else TransformerState.join([c.slices for c in caches if c.slices is not None]),
         )
 
+    def compact(self) -> ModelCache:
+        """The same, without the columns that only rows which have left had use for."""
+        return replace(self, attention=self.attention.compact())
+
     def forget(self, sinks: Int[Tensor, " B"], dropped: Int[Tensor, " B"], rotation: Rotation) -> ModelCache:
         """A new cache that has never seen the `dropped` positions after the first `sinks` of each row."""
         return replace(

@@ -18,6 +18,7 @@ batch sizes, which moves a draw across the boundary of two codes about once in a
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -168,11 +169,29 @@ class FrameLoop:
     @torch.inference_mode()
     def advance(self, frame: Drawn) -> None:
         """Take in the frame that was drawn."""
-        codes, latents = self._all_rows(frame.codes), self._all_rows(frame.latents)
+        codes, latents, features = self.take(frame)
+        self.h, self.cache = self.model.step(codes, latents, features, self.cache)
+
+    def take(self, frame: Drawn) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """What the model's step gets of a frame that was drawn: codes, latents, features of all rows of the cache."""
         if frame.codes is not None:
             self._remember(frame.codes)
-        features = self._all_rows(None if self.hear is None else self.hear(frame))
-        self.h, self.cache = self.model.step(codes, latents, features, self.cache)
+        features = None if self.hear is None else self.hear(frame)
+        return self._all_rows(frame.codes), self._all_rows(frame.latents), self._all_rows(features)
+
+    @staticmethod
+    def joined(loops: Sequence[FrameLoop]) -> FrameLoop:
+        """One to `draw` the next frame of several by, which have the same controls, guidance and memory; no more."""
+        joint = copy.copy(loops[0])
+        joint.rows = sum(loop.rows for loop in loops)
+        joint.generators = [generator for loop in loops for generator in loop.generators]
+        joint.active = torch.cat([loop.active for loop in loops])
+        # Without a penalty nobody looks at it, and rows may remember unequally much.
+        looked_at = slice(None) if joint.controls.repetition_penalty != 1 else slice(0)
+        joint.recent = torch.cat([loop.recent[:, :, looked_at] for loop in loops])
+        with_condition = [loop.h[: loop.rows] for loop in loops]
+        joint.h = torch.cat([*with_condition, *(loop.h[loop.rows :] for loop in loops)])
+        return joint
 
     def _remember(self, codes: Int[Tensor, "B K T"]) -> None:
         heard = torch.cat([self.recent, codes[:, : self.recent.shape[1]]], dim=2)

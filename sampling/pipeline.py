@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -22,6 +22,7 @@ from sampling.generate import Drawn, Hear, Request, generate_frames
 from sampling.heard import HeardFeatures, can_be_heard
 from sampling.limits import frame_limits
 from sampling.plan import Origin, Plan
+from sampling.scheduler import Scheduler
 from sampling.stream import stream_audio
 from tokenizer.audio import audio_info, read_audio
 from tokenizer.errors import UserError
@@ -161,19 +162,63 @@ class AudioModel:
         if keep_plan and not self.model.config.uses_codes:
             raise UserError("a continuous model draws no codes, so it has no plan to save; leave it out")
         steps = list(generate_frames(self.model, request, self.hear(request)))
+        made = self._finished(request, steps, past, controls, speech_ends=text is not None and duration is None)
+        return replace(made, plan=self._plan(request, steps, text, tags)) if keep_plan else made
+
+    def generate_many(self, asked: Sequence[Mapping[str, Any]], *, max_rows: int = 8) -> list[GeneratedAudio]:
+        """Make different recordings side by side; each is what `generate` makes of it alone.
+
+        Args:
+            asked: For each, keyword arguments of `generate`, without `num_samples` and `keep_plan`.
+            max_rows: Most that are made at once (`sampling.scheduler`).
+
+        Raises:
+            UserError: as `generate`, before anything is made.
+        """
+        entries = []
+        for one in asked:
+            settings: dict[str, Any] = {"text": None, "tags": (), "audio": None, "duration": None, "seed": 0}
+            settings |= {"reference": None, "reference_text": None, "controls": None, **one}
+            drawn_by = {name: settings.pop(name, None) for name in ("temperature", "top_k", "top_p", "cfg")}
+            controls = changed(settings.pop("controls") or Controls(), **drawn_by)
+            text, duration = settings["text"], settings["duration"]
+            past = self._past(text, settings.pop("audio"), settings.pop("reference"), settings.pop("reference_text"))
+            request = self._request(past=past, num_samples=1, controls=controls, **settings)
+            entries.append((request, past, controls, text is not None and duration is None))
+        scheduler = Scheduler(self.model, max_rows=max_rows)
+        numbers = {scheduler.submit(entry[0], self.hear(entry[0])): number for number, entry in enumerate(entries)}
+        steps: list[list[Drawn]] = [[] for _ in entries]
+        for event in scheduler.run():
+            steps[numbers[event.ticket]] += [event.frame] if event.frame is not None else []
+        return [
+            self._finished(request, drawn, past, controls, speech_ends=ends)
+            for (request, past, controls, ends), drawn in zip(entries, steps, strict=True)
+        ]
+
+    def _finished(
+        self,
+        request: Request,
+        steps: Sequence[Drawn],
+        past: Past | None,
+        controls: Controls,
+        *,
+        speech_ends: bool,
+    ) -> GeneratedAudio:
+        """The audio of drawn frames, and what a listener should know of it; of speech also if it did not end."""
         made = assemble(self.tokenizer, self.source, request, steps)
         limit, active = request.limits.maximum, torch.stack([step.active for step in steps], dim=1)  # (B, T)
+        limit_s = limit / self.tokenizer.frame_rate_hz
         unended = [
-            f"seed {seed + row}: stopped at the limit of {limit / self.tokenizer.frame_rate_hz:.1f} s before its end"
+            f"seed {request.seeds[row]}: stopped at the limit of {limit_s:.1f} s before its end"
             for row, count in enumerate(active.sum(dim=1).tolist())
-            if text is not None and count == limit and duration is None
+            if speech_ends and count == limit
         ]
         made = at_loudness(replace(made, warnings=(*unended, *made.warnings)), controls.loudness)
         if past is not None and past.cut_from is not None:
             used = "looked at" if past.reference else "continued"
             cut = f"the recording is {past.cut_from:.0f} s long; its last {PROMPT_SECONDS:g} s are {used}"
             made = replace(made, warnings=(*made.warnings, cut))
-        return replace(made, plan=self._plan(request, steps, text, tags)) if keep_plan else made
+        return made
 
     def stream(
         self,

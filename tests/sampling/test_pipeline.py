@@ -1,6 +1,7 @@
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import soundfile
@@ -79,6 +80,25 @@ def test_latents_by_the_flow_head() -> None:
     assert not torch.allclose(cold, alone.frames.latents)
     with pytest.raises(UserError, match="latent_steps=2 needs a model with a flow head"):
         tiny_model().generate(**asked, controls=controls)
+
+
+def test_different_requests_side_by_side() -> None:
+    model = tiny_model(stop_bias=-2.0)
+    asked: list[dict[str, Any]] = [
+        {"text": "good morning", "seed": 3},
+        {"tags": ["music"], "duration": 0.5, "seed": 4, "temperature": 0.4},
+        {"audio": prompt(9600), "duration": 0.3, "seed": 5},
+        {"text": "she sells sea shells", "seed": 6, "cfg": 1.0},
+    ]
+    for one, made in zip(asked, model.generate_many(asked, max_rows=3), strict=True):
+        alone = model.generate(**one)
+        assert made.seed == one["seed"] and made.lengths.tolist() == alone.lengths.tolist()
+        torch.testing.assert_close(made.waveform, alone.waveform, atol=1e-5, rtol=0)
+        assert made.warnings == alone.warnings
+    with pytest.raises(UserError, match="duration=-1 s"):
+        model.generate_many([{"duration": -1}])
+    with pytest.raises(TypeError, match="num_sample"):
+        model.generate_many([{"num_samples": 2}])
 
 
 def test_a_stream_hands_out_sound_after_one_frame_and_then_in_chunks() -> None:
