@@ -97,16 +97,21 @@ def test_a_references_states_know_nothing_of_the_text() -> None:
     text = tiny_text()
     new, spoken = text.encode("how are you")[:-1], text.encode("good morning")[:-1]
 
+    next_state = {}
+
     def caches(ids: list[int], place: float, before: AudioFrames) -> list[torch.Tensor]:
         prefix = torch.tensor([[*ids, text.audio_id]])
         mask = torch.ones_like(prefix, dtype=torch.bool)
         with torch.no_grad():
-            cache = model.start(prefix, mask, before, torch.tensor([place]))[1].attention
+            next_state[len(ids), place], found = model.start(prefix, mask, before, torch.tensor([place]))
+        cache = found.attention
         return [x[:, :, : cache.length - 1] for x in (*cache.keys, *cache.values)]  # but the last state, which reads on
 
     without, with_text = caches([], 0.0, frames), caches(new, 0.0, frames)
     for ours, theirs in zip(with_text, without, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+    # The last state, from which the first new frame is drawn, does see the text.
+    assert not torch.allclose(next_state[len(new), 0.0], next_state[0, 0.0], atol=1e-3)
     late = caches(new, 5.0, frames)
     assert not all(torch.allclose(ours, theirs, atol=1e-3) for ours, theirs in zip(late, without, strict=True))
     # Pieces are heard through their neighbours, so those of the text near the border do reach over; not far ones.
