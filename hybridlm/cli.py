@@ -223,7 +223,8 @@ def render(
         int | None, typer.Option(metavar="N", help="Draw latents by the model's flow head in N steps.")
     ] = None,
     edit: Annotated[
-        str | None, typer.Option(metavar="START:END", help="Draw only these seconds anew, codes and latents.")
+        str | None,
+        typer.Option(metavar="START:END", help="Draw only these seconds anew; 40 ms of cross-fade around them."),
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; CUDA where there is one if not given.")] = None,
     output: Annotated[Path, typer.Option(metavar="FILE", help="WAV or FLAC; a spectrogram PNG goes beside it.")] = Path(
