@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 
 from hybridlm.config import ModelConfig
 from hybridlm.model import HybridLM
@@ -23,6 +24,7 @@ RECIPES = [
     for path in [*SHIPPED, *sorted((ROOT / "benchmarks").glob("*.yaml"))]
     if {"variants", "domains"} <= read_yaml(path).keys()
 ]
+LAUNCHES = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
 
 
 def test_there_are_configs_of_all_tasks() -> None:
@@ -67,3 +69,12 @@ def test_models_of_a_size_agree() -> None:
     for size, found in counts.items():
         assert max(found) < 1.01 * min(found)
         assert found[0] == pytest.approx(float(size[:-1]) * 1e6, rel=0.1)
+
+
+@pytest.mark.parametrize("path", LAUNCHES, ids=lambda path: path.stem)
+def test_accelerate_reads_its_configs(path: Path) -> None:
+    """It refuses unknown keys; the sections of a backend are free, so their keys are checked against one another."""
+    config = load_config_from_file(str(path))
+    assert config.num_processes == 8
+    assert config.mixed_precision == "no"
+    assert not config.use_cpu

@@ -111,6 +111,7 @@ class RunConfig:
 
 
 FREE_ON_RESUME = (
+    "accumulate",
     "output",
     "max_steps",
     "device",

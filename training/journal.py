@@ -131,8 +131,16 @@ class Meter:
     def speed(self) -> float:
         return self._frames / max(self._seconds, 1e-9)
 
-    def means(self) -> dict[str, float]:
-        return {name: float(value) / self._counts[name] for name, value in self._sums.items()}
+    def totals(self) -> dict[str, tuple[float, int]]:
+        """Sum and number of each figure."""
+        return {name: (float(value), self._counts[name]) for name, value in self._sums.items()}
+
+
+def pooled_means(totals: Sequence[Mapping[str, tuple[float, int]]]) -> dict[str, float]:
+    """Means over the meters of all processes, some of which may not have seen a figure."""
+    names = dict.fromkeys(name for each in totals for name in each)
+    found = {name: [each[name] for each in totals if name in each] for name in names}
+    return {name: sum(s for s, _ in pairs) / sum(n for _, n in pairs) for name, pairs in found.items()}
 
 
 def spectrogram_image(waveform: Tensor) -> Tensor:

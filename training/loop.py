@@ -6,27 +6,31 @@ import contextlib
 import hashlib
 import os
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast, send_to_device
+from accelerate.utils import send_to_device
 from torch import Tensor
 
 from tokenizer.errors import UserError
 from training.allocator import keep_freed_memory
 from training.background import Interrupts, Prefetch
 from training.config import OptimizerConfig, RunConfig
-from training.journal import Journal, Meter
-from training.optimizer import AveragedWeights, gradient_norm, learning_rate, make_optimizer
+from training.distributed import Replicas, open_backend
+from training.first_lines import native_bf16, notes_on_backend, notes_on_weights
+from training.journal import Journal, Meter, pooled_means
+from training.optimizer import learning_rate
 from training.state import (
     Progress,
     checkpoints,
     clear_leftovers,
     load_checkpoint,
+    load_training_state,
     load_weights,
     new_folder,
     save_checkpoint,
@@ -63,14 +67,10 @@ def fit(task: Task, config: RunConfig, resolved: Mapping[str, Any], *, resume: b
     torch.set_flush_denormal(True)  # AdamW's averages of tiny gradients would slow a CPU down by an order of magnitude
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device=cuda, but this machine has no CUDA device that PyTorch can use; set device=cpu")
-    # Several processes without GPUs talk to each other only if accelerate is told that they have none.
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    accelerator = Accelerator(cpu=config.device == "cpu" or not (alone or torch.cuda.is_available()))
-    if accelerator.device.type == "cpu":
+    backend = open_backend(config.device, lambda device: autocast_dtype(config.precision, device))
+    if backend.device.type == "cpu":
         keep_freed_memory()
-    run = _Run(task, config, resolved, accelerator, resume)
+    run = _Run(task, config, resolved, backend, resume)
     try:
         return run.train()
     finally:
@@ -81,48 +81,57 @@ class _Run:
     """State of one run, and the steps that change it."""
 
     def __init__(
-        self, task: Task, config: RunConfig, resolved: Mapping[str, Any], accelerator: Accelerator, resume: bool
+        self, task: Task, config: RunConfig, resolved: Mapping[str, Any], backend: Replicas, resume: bool
     ) -> None:
-        self.task, self.config, self.resolved, self.accelerator = task, config, resolved, accelerator
+        self.task, self.config, self.resolved, self.backend = task, config, resolved, backend
         self.output = Path(config.output)
-        self.device = accelerator.device
-        self.dtype = autocast_dtype(config.precision, self.device)
+        self.device = backend.device
         self.modules = dict(task.modules())
-        for module in self.modules.values():
-            module.to(self.device)
-        self.trained = {n: [p for p in m.parameters() if p.requires_grad] for n, m in self.modules.items()}
-        self.optimizers = {n: make_optimizer(m, self.optimizer_config(n)) for n, m in self.modules.items()}
-        found = self._open_output(resume)
+        backend.place(self.modules)
+        checkpoint = self._open_output(resume)
         notes = []
-        if not found and config.init_from is not None:
+        self.progress = Progress()
+        if checkpoint is not None:
+            found = load_checkpoint(checkpoint, self.modules, resolved)
+            self.progress = found.progress
+            changed = f"; changed: {', '.join(found.changed)}" if found.changed else ""
+            notes.append(f"resumed from {checkpoint}{changed}")
+        elif config.init_from is not None:
             filled = load_weights(config.init_from, self.modules, partial=config.init_partial)
             notes.append(f"weights of {', '.join(filled)}: {config.init_from}")
-        self.ema = AveragedWeights(self.modules["model"], config.ema_decay) if config.ema_decay > 0 else None
-        self.progress = Progress()
-        if found:
-            self.progress, changed = load_checkpoint(found[-1], self.modules, self.optimizers, self.ema, resolved)
-            notes.append(f"resumed from {found[-1]}" + (f"; changed: {', '.join(changed)}" if changed else ""))
-        elif resume:
+        if resume and checkpoint is None:
             notes.append(f"{self.output} holds no checkpoint yet; starting at step 0")
-        self._broadcast(parameters=True)
+        self.progress.shared_by(backend.num_processes)
+        notes = [*notes_on_weights(self.modules), *notes]
+        self.optimizers = backend.prepare(task, self.modules, self.optimizer_config)
+        self.trained = {n: [p for p in m.parameters() if p.requires_grad] for n, m in self.modules.items()}
+        self.ema = backend.averages(self.modules["model"], config.ema_decay) if config.ema_decay > 0 else None
+        if checkpoint is not None:
+            self._load_training_state(checkpoint, found.ema_updates)
         self.generator = torch.Generator(self.device)
         self.bad_in_a_row = 0
         self.journal = Journal(
             self.output,
             step=self.progress.step,
             max_steps=config.max_steps,
-            active=accelerator.is_main_process,
+            active=backend.is_main,
             tensorboard=config.tensorboard,
         )
-        weights = sum(p.numel() for parameters in self.trained.values() for p in parameters)
-        frozen = sum(p.numel() for module in self.modules.values() for p in module.parameters()) - weights
-        weights_text = f"{weights / 1e6:.2f} M trained weights" + (f", {frozen / 1e6:.2f} M frozen," if frozen else "")
-        notes.append(
-            f"{weights_text} on {accelerator.num_processes} x {self.device.type}, "
-            f"{'bf16 autocast' if self.dtype else 'fp32'}, output {self.output}"
-        )
-        for note in notes:
+        for note in (*notes, *notes_on_backend(backend, self.modules, config)):
             self.journal.say(note)
+
+    def _load_training_state(self, checkpoint: Path, ema_updates: int) -> None:
+        for name, module in self.modules.items():
+            optimizer = self.optimizers[name]
+            load_training_state(
+                checkpoint, f"optimizer_{name}", partial(self.backend.load_optimizer, module, optimizer)
+            )
+        ema = self.ema
+        if ema is not None and (checkpoint / "ema.safetensors").exists():
+            model = self.modules["model"]
+            load_training_state(
+                checkpoint, "ema", lambda state: self.backend.load_averages(model, ema, state, ema_updates)
+            )
 
     def optimizer_config(self, name: str) -> OptimizerConfig:
         return self.config.optimizers.get(name, self.config.optimizer)
@@ -131,8 +140,8 @@ class _Run:
         config, progress = self.config, self.progress
         batches = self.task.batches(
             seed=config.seed,
-            rank=self.accelerator.process_index,
-            world_size=self.accelerator.num_processes,
+            rank=self.backend.rank,
+            world_size=self.backend.num_processes,
             skip=progress.batches,
         )
         meter = Meter()
@@ -146,7 +155,7 @@ class _Run:
                 losses, frames = self.step(micro_batches)
                 elapsed = time.perf_counter() - started
                 progress.seconds += elapsed
-                meter.add(losses, frames * self.accelerator.num_processes, elapsed)
+                meter.add(losses, frames * self.backend.num_processes, elapsed)
                 last = progress.step == config.max_steps
                 if progress.step % config.log_every == 0 or last:
                     self._log(meter)
@@ -154,7 +163,7 @@ class _Run:
                 if progress.step % config.validate_every == 0 or last:
                     self.validate()
                     last = last or self._exhausted()
-                stop = self._agreed(interrupts.caught)
+                stop = self.backend.agreed(interrupts.caught)
                 if progress.step % config.checkpoint_every == 0 or last or stop:
                     self.save()
                 if stop and not last:
@@ -181,7 +190,7 @@ class _Run:
         losses: dict[str, Tensor] = {}
         micro_batches = [send_to_device(batch, self.device) for batch in micro_batches]
         frames = sum(self.task.size(batch) for batch in micro_batches)
-        self._broadcast(parameters=False)
+        self.backend.share_buffers(self.modules)
         healthy = True
         for turn in self.task.turns(index):
             for name, parameters in self.trained.items():
@@ -189,54 +198,32 @@ class _Run:
                     parameter.requires_grad_(name == turn)
             total = torch.zeros((), device=self.device)
             for micro, batch in enumerate(micro_batches):
-                seed = step_seed(self.config.seed, index, micro, self.accelerator.process_index)
+                seed = step_seed(self.config.seed, index, micro, self.backend.rank)
                 torch.manual_seed(seed)
                 self.generator.manual_seed(seed)
-                with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-                    loss, parts = self.task.loss(turn, batch, step=index, generator=self.generator)
-                self.accelerator.backward(loss / len(micro_batches))
+                loss, parts = self.backend.loss(turn, batch, step=index, generator=self.generator)
+                self.backend.backward(loss / len(micro_batches), last=micro == len(micro_batches) - 1)
                 total += loss.detach() / len(micro_batches)
                 for name, value in {f"{turn}_loss": loss.detach(), **parts}.items():
                     losses[name] = losses.get(name, 0) + torch.as_tensor(value, device=self.device) / len(micro_batches)
-            total, norm = self._average_gradients(turn, total)
-            if torch.isfinite(total) and torch.isfinite(norm):
+            norm, updated = self._update(turn, index, total)
+            if updated:
                 losses[f"{turn}_grad_norm"] = norm
-                self._update(turn, index)
-            else:
-                healthy = False
-            self.optimizers[turn].zero_grad(set_to_none=True)
+            healthy = healthy and updated
         self.progress.step += 1
         self.progress.batches += len(micro_batches)
         self._guard(healthy)
         return losses if healthy else {}, frames
 
-    def _update(self, turn: str, index: int) -> None:
-        rate = learning_rate(self.optimizer_config(turn), index, self.config.max_steps)
-        for group in self.optimizers[turn].param_groups:
+    def _update(self, turn: str, index: int, total: Tensor) -> tuple[Tensor, bool]:
+        config, optimizer = self.optimizer_config(turn), self.optimizers[turn]
+        rate = learning_rate(config, index, self.config.max_steps)
+        for group in optimizer.param_groups:
             group["lr"] = rate
-        self.optimizers[turn].step()
-        if turn == "model" and self.ema is not None:
+        norm, updated = self.backend.update(turn, self.trained[turn], optimizer, total, config.max_grad_norm)
+        if updated and turn == "model" and self.ema is not None:
             self.ema.update()
-
-    def _average_gradients(self, turn: str, total: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean of loss and gradients over the processes, in one exchange; then clip.
-
-        Tasks call many methods of their modules, not `forward` alone, which a wrapped module would not see.
-        """
-        parameters = [p for p in self.trained[turn] if p.grad is not None]
-        if self.accelerator.num_processes > 1:
-            parameters = self.trained[turn]
-            for p in parameters:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            flat = torch.cat([total.reshape(1), *(p.grad.reshape(-1) for p in parameters)])  # type: ignore[union-attr]
-            flat = self.accelerator.reduce(flat, "mean")
-            total, offset = flat[0], 1
-            for p in parameters:
-                p.grad = flat[offset : offset + p.numel()].view_as(p)
-                offset += p.numel()
-        if not parameters:
-            raise UserError(f"the loss of '{turn}' reaches none of its weights; check what is frozen")
-        return total, gradient_norm(parameters, self.optimizer_config(turn).max_grad_norm)
+        return norm, updated
 
     def _guard(self, healthy: bool) -> None:
         """Count the steps that were skipped, and stop when they don't end."""
@@ -258,8 +245,8 @@ class _Run:
     def validate(self) -> None:
         """Figures and samples of the averaged weights; the best ones are exported to `best/`."""
         progress, improved = self.progress, False
-        if self.accelerator.is_main_process:
-            with self._evaluation():
+        with self._evaluation():
+            if self.backend.is_main:
                 figures = {name: float(value) for name, value in self.task.validate().items()}
                 improved = progress.best_figures is None or figures["loss"] < progress.best_figures["loss"]
                 if improved:
@@ -268,33 +255,32 @@ class _Run:
                         self.task.export(folder)
                 self.journal.record("validate", progress.step, figures)
                 self.journal.samples(progress.step, self.task.samples())
-            text = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
-            self.journal.say(f"validation at step {progress.step}{' (best)' if improved else ''}: {text}")
-            progress.first_figures = progress.first_figures or figures
-        progress.stale = 0 if self._agreed(improved) else progress.stale + 1
-        self.accelerator.wait_for_everyone()
+                text = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+                self.journal.say(f"validation at step {progress.step}{' (best)' if improved else ''}: {text}")
+                progress.first_figures = progress.first_figures or figures
+        progress.stale = 0 if self.backend.agreed(improved) else progress.stale + 1
+        self.backend.wait()
 
     def save(self) -> None:
         """A checkpoint, and the averaged weights as a model folder."""
-        if self.accelerator.is_main_process:
-            save_checkpoint(
-                self.output,
-                self.progress,
-                self.modules,
-                self.optimizers,
-                self.ema,
-                self.resolved,
-                self.config.keep_checkpoints,
-            )
-            with self._evaluation(), new_folder(self.output / "model") as folder:
-                self.task.export(folder)
-        self.accelerator.wait_for_everyone()
+        states = self.backend.states(self.modules, self.optimizers, self.ema)
+        if self.backend.is_main:
+            updates = self.ema.updates if self.ema is not None else 0
+            keep = self.config.keep_checkpoints
+            save_checkpoint(self.output, self.progress, states, self.resolved, keep, updates)
+        else:
+            deque(states, maxlen=0)
+        with self._evaluation():
+            if self.backend.is_main:
+                with new_folder(self.output / "model") as folder:
+                    self.task.export(folder)
+        self.backend.wait()
 
     @contextlib.contextmanager
     def _evaluation(self) -> Iterator[None]:
         self._set_training(False)
         try:
-            with torch.no_grad(), self.ema.swapped_in() if self.ema else contextlib.nullcontext():
+            with torch.no_grad(), self.backend.whole(self.modules, self.ema):
                 yield
         finally:
             self._set_training(True)
@@ -304,17 +290,18 @@ class _Run:
             module.train(mode)
 
     def _log(self, meter: Meter) -> None:
-        means = meter.means()
+        means = pooled_means(self.backend.everybody(meter.totals()))
         remaining = (self.config.max_steps - self.progress.step) * meter.seconds_per_step
         rate = learning_rate(self.optimizer_config("model"), self.progress.step - 1, self.config.max_steps)
         figures = {**means, "learning_rate": rate, "frames_per_s": meter.speed, "remaining_s": round(remaining)}
         self.journal.record("train", self.progress.step, figures)
         self.journal.line(self.progress.step, means, meter.speed, remaining)
 
-    def _open_output(self, resume: bool) -> list[Path]:
+    def _open_output(self, resume: bool) -> Path | None:
+        """Make or check the folder of the run; returns its newest checkpoint, if it has one."""
         try:
             self.output.mkdir(parents=True, exist_ok=True)
-            if self.accelerator.is_main_process:
+            if self.backend.is_main:
                 clear_leftovers(self.output)
                 clear_leftovers(self.output / "checkpoints")
         except OSError as error:
@@ -324,22 +311,7 @@ class _Run:
         found = checkpoints(self.output)
         if found and not resume:
             raise UserError(f"output={self.output} holds a run already; pass --resume to go on, or choose another")
-        return found
-
-    def _agreed(self, caught: bool) -> bool:
-        """Whether it holds on any process: all must take the same way."""
-        if self.accelerator.num_processes == 1:
-            return caught
-        return bool(self.accelerator.reduce(torch.tensor(float(caught), device=self.device), "sum") > 0)
-
-    def _broadcast(self, *, parameters: bool) -> None:
-        """Hand out the main process's buffers (running statistics), and at the start its weights."""
-        if self.accelerator.num_processes == 1:
-            return
-        with torch.no_grad():
-            for module in self.modules.values():
-                for tensor in (*(module.parameters() if parameters else ()), *module.buffers()):
-                    tensor.copy_(broadcast(tensor.detach().clone()))
+        return found[-1] if found else None
 
 
 def step_seed(seed: int, step: int, micro: int, rank: int) -> int:
@@ -351,9 +323,5 @@ def step_seed(seed: int, step: int, micro: int, rank: int) -> int:
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """bf16 where asked for, or where `auto` finds units for it; None means fp32 throughout."""
     if precision == "auto":
-        if device.type == "cuda":
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        precision = "bf16" if native else "fp32"
+        precision = "bf16" if native_bf16(device) else "fp32"
     return torch.bfloat16 if precision == "bf16" else None

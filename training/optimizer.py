@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -64,14 +64,16 @@ def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict
     return flat
 
 
-def load_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer, flat: dict[str, Tensor]) -> None:
-    """The inverse of `optimizer_state`.
+def load_optimizer_state(
+    module: nn.Module, optimizer: torch.optim.Optimizer, flat: Iterable[tuple[str, Tensor]]
+) -> None:
+    """The inverse of `optimizer_state`, entry by entry.
 
     Raises:
         KeyError: an entry belongs to no parameter of the module.
     """
     parameters = dict(module.named_parameters())
-    for key, value in flat.items():
+    for key, value in flat:
         name, _, entry = key.rpartition(":")
         parameter = parameters[name]
         device = parameter.device if entry != "step" or parameter.device.type == "cuda" else torch.device("cpu")
@@ -83,13 +85,20 @@ class AveragedWeights:
 
     The decay starts low, min(decay, (1 + n) / (10 + n)) after n updates, so that the first random weights are soon
     forgotten.
+
+    Args:
+        module: What is averaged.
+        decay: The largest.
+        held: What of a parameter is kept here and moves with it, where processes share the module out.
     """
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
+    def __init__(
+        self, module: nn.Module, decay: float, held: Callable[[nn.Parameter], Tensor] = lambda parameter: parameter
+    ) -> None:
         self.decay = decay
         self.updates = 0
         self._names = [name for name, _ in module.named_parameters()]
-        self._parameters = [parameter for _, parameter in module.named_parameters()]
+        self._parameters = [held(parameter) for _, parameter in module.named_parameters()]
         self._averages = [parameter.detach().float().clone() for parameter in self._parameters]
 
     @torch.no_grad()

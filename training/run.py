@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from training.config import RunConfig, apply_overrides, read_yaml, resolve
+from training.distributed import leave
 from training.loop import RunResult, fit
 from training.task import Task
 
@@ -30,7 +31,10 @@ def train(
     Raises:
         UserError: bad settings, data or output.
     """
-    return train_mapping(apply_overrides(read_yaml(config_path), overrides), str(config_path), resume, sampler)
+    try:
+        return train_mapping(apply_overrides(read_yaml(config_path), overrides), str(config_path), resume, sampler)
+    finally:
+        leave()
 
 
 def train_mapping(

@@ -11,19 +11,17 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tokenizer.errors import UserError
 from training.config import FREE_ON_RESUME, changed_keys
-from training.optimizer import AveragedWeights, load_optimizer_state, optimizer_state
 
 VERSION = 1
 
@@ -36,6 +34,8 @@ class Progress:
     """Updates made."""
     batches: int = 0
     """Batches taken from the data of each rank."""
+    processes: int | None = None
+    """Ranks that took them; None in a checkpoint that does not know."""
     bad_steps: int = 0
     """Steps skipped in all because something was not finite."""
     best_step: int | None = None
@@ -47,6 +47,12 @@ class Progress:
     """Validations since the best."""
     seconds: float = 0.0
     """Time spent in steps, over all sessions of the run."""
+
+    def shared_by(self, processes: int) -> None:
+        """Go on with this many ranks: what was taken in all is what counts; a fraction of a batch is taken again."""
+        if self.processes is not None:
+            self.batches = self.batches * self.processes // processes
+        self.processes = processes
 
 
 @contextlib.contextmanager
@@ -110,28 +116,32 @@ def checkpoints(output: Path) -> list[Path]:
 def save_checkpoint(
     output: Path,
     progress: Progress,
-    modules: Mapping[str, nn.Module],
-    optimizers: Mapping[str, torch.optim.Optimizer],
-    ema: AveragedWeights | None,
+    states: Iterable[tuple[str, Mapping[str, Tensor]]],
     config: Mapping[str, Any],
     keep: int,
+    ema_updates: int = 0,
 ) -> Path:
     """Write a checkpoint, then remove all but the newest `keep`.
+
+    Args:
+        output: Folder of the run.
+        progress: Where it stands.
+        states: Tensors by name for every file's stem; taken one file at a time.
+        config: Resolved settings.
+        keep: Number of checkpoints.
+        ema_updates: Updates that the averaged weights have taken in.
 
     Raises:
         UserError: it could not be written; the earlier checkpoints stay.
     """
     target = output / "checkpoints" / f"step_{progress.step:08d}"
     with new_folder(target) as folder:
-        for name, module in modules.items():
-            save_tensors(folder / f"{name}.safetensors", module_state(module))
-            save_tensors(folder / f"optimizer_{name}.safetensors", optimizer_state(module, optimizers[name]))
-        if ema is not None:
-            save_tensors(folder / "ema.safetensors", ema.state())
+        for stem, tensors in states:
+            save_tensors(folder / f"{stem}.safetensors", tensors)
         state = {
             "version": VERSION,
             "progress": {name: getattr(progress, name) for name in Progress.__slots__},
-            "ema_updates": ema.updates if ema is not None else 0,
+            "ema_updates": ema_updates,
             "config": config,
         }
         (folder / "state.json").write_text(json.dumps(state, indent=1))
@@ -140,23 +150,24 @@ def save_checkpoint(
     return target
 
 
-def load_checkpoint(
-    folder: Path,
-    modules: Mapping[str, nn.Module],
-    optimizers: Mapping[str, torch.optim.Optimizer],
-    ema: AveragedWeights | None,
-    config: Mapping[str, Any],
-) -> tuple[Progress, list[str]]:
-    """Fill modules, optimizers and averages from a checkpoint.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """A checkpoint's `state.json`, and what was made of its settings."""
 
-    Returns:
-        Where the run stood, and the names of the settings that changed since (all of them allowed to).
+    progress: Progress
+    ema_updates: int
+    changed: list[str]
+    """Names of the settings that changed since, all of them allowed to."""
+
+
+def load_checkpoint(folder: Path, modules: Mapping[str, nn.Module], config: Mapping[str, Any]) -> Found:
+    """Fill modules from a checkpoint; `load_training_state` reads the rest.
 
     Raises:
         UserError: a setting changed that the saved state depends on; or the checkpoint is cut short or of another
             version.
     """
-    try:
+    with _reading(folder):
         state = json.loads((folder / "state.json").read_text())
         if state["version"] != VERSION:
             raise UserError(
@@ -172,12 +183,23 @@ def load_checkpoint(
                 )
         for name, module in modules.items():
             load_module_state(module, load_file(folder / f"{name}.safetensors"))
-            load_optimizer_state(
-                module, optimizers[name], load_file(folder / f"optimizer_{name}.safetensors", device="cpu")
-            )
-        if ema is not None and (folder / "ema.safetensors").exists():
-            ema.load_state(load_file(folder / "ema.safetensors"), state["ema_updates"])
-        return Progress(**state["progress"]), changed
+        return Found(progress=Progress(**state["progress"]), ema_updates=state["ema_updates"], changed=changed)
+
+
+def load_training_state(folder: Path, stem: str, fill: Callable[[Iterator[tuple[str, Tensor]]], None]) -> None:
+    """Hand the tensors of one of a checkpoint's files to `fill`, one by one and in main memory.
+
+    Raises:
+        UserError: the file is cut short, or does not fit.
+    """
+    with _reading(folder), safe_open(folder / f"{stem}.safetensors", framework="pt", device="cpu") as file:
+        fill((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118 (no mapping)
+
+
+@contextlib.contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise UserError(
             f"checkpoint {folder} is cut short or damaged ({' '.join(str(error).split())[:200]}); remove it to resume "
