@@ -158,7 +158,7 @@ class TextKeys:
     mask: Bool[Tensor, "B P"]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)  # no slots: DeepSpeed's ZeRO-3 calls `vars` on what a forward returns
 class DecoderOutput:
     """What a decoder call gives."""
 

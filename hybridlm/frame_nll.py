@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)  # no slots: see `decoder.DecoderOutput`
 class FrameNLL:
     """Negative log-likelihoods in nats, zero wherever nothing is scored."""
 

@@ -7,11 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from hybridlm.config import ModelConfig
+from hybridlm.decoder import DecoderLayer
 from hybridlm.model import HybridLM
+from tokenizer.dasheng_encoder import Block
 from tokenizer.errors import UserError
+from tokenizer.layers import ConvNeXtBlock
 from tokenizer.settings import from_mapping
+from tokenizer.transformer import TransformerLayer
 from training.config import SECTIONS, apply_overrides, read_yaml, resolve
 from training.recipe import Recipe
 from training.run import task_parts
@@ -73,8 +79,27 @@ def test_models_of_a_size_agree() -> None:
 
 @pytest.mark.parametrize("path", LAUNCHES, ids=lambda path: path.stem)
 def test_accelerate_reads_its_configs(path: Path) -> None:
-    """It refuses unknown keys; the sections of a backend are free, so their keys are checked against one another."""
     config = load_config_from_file(str(path))
     assert config.num_processes == 8
     assert config.mixed_precision == "no"
     assert not config.use_cpu
+    # It takes the sections of a backend as they are, but has an option of `accelerate launch` for each of their keys.
+    known = {action.dest for action in launch_command_parser()._actions} | {"zero3_init_flag"}
+    assert {*config.deepspeed_config, *config.fsdp_config} <= known
+
+
+def test_the_stages_are_those_that_the_names_say() -> None:
+    launches = {path.stem: load_config_from_file(str(path)) for path in LAUNCHES}
+    assert launches.keys() == {"ddp", "zero1", "zero2", "zero3", "zero3-offload", "fsdp2"}
+    stages = {name: config.deepspeed_config.get("zero_stage") for name, config in launches.items()}
+    assert stages == {"ddp": None, "zero1": 1, "zero2": 2, "zero3": 3, "zero3-offload": 3, "fsdp2": None}
+    offloaded = launches["zero3-offload"].deepspeed_config
+    assert offloaded["offload_optimizer_device"] == offloaded["offload_param_device"] == "cpu"
+    assert launches["fsdp2"].fsdp_config["fsdp_version"] == 2
+
+
+def test_fsdp2_names_layers_that_exist() -> None:
+    config = load_config_from_file(str(FOLDER / "accelerate/fsdp2.yaml"))
+    named = set(config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"].split(","))
+    classes = (DecoderLayer, TransformerLayer, ConvNeXtBlock, Block, LlamaDecoderLayer)
+    assert named == {layer.__name__ for layer in classes}

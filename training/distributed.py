@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast, gather_object
 from torch import Tensor, nn
 
@@ -227,16 +227,69 @@ def open_backend(device: str, autocast: Callable[[torch.device], torch.dtype | N
         autocast: The precision on a device.
 
     Raises:
-        UserError: no such device.
+        UserError: no such device, or a backend that cannot be had.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda, but this machine has no CUDA device that PyTorch can use; set device=cpu")
+    if _asked("ACCELERATE_USE_MEGATRON_LM"):
+        raise UserError("Megatron-LM is not supported; launch with one of configs/accelerate/")
     # Several processes without GPUs talk to each other only if accelerate is told that they have none.
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     cpu = device == "cpu" or not (alone or torch.cuda.is_available())
+    kind: type[Replicas] = Replicas
+    if _asked("ACCELERATE_USE_DEEPSPEED"):
+        kind = _deepspeed(cpu or not torch.cuda.is_available())
+        cpu = False  # accelerate would leave DeepSpeed out
+    elif _asked("ACCELERATE_USE_FSDP"):
+        kind = _fsdp()
     # Precision is the run's own setting, and a gradient scaler would hide what is not finite.
     accelerator = Accelerator(cpu=cpu, mixed_precision="no")
-    return Replicas(accelerator, autocast(accelerator.device))
+    backend = kind(accelerator, autocast(accelerator.device))
+    for variable, off, asked in (
+        ("ACCELERATE_MIXED_PRECISION", "no", "mixed_precision"),
+        ("ACCELERATE_DYNAMO_BACKEND", "no", "dynamo_backend"),
+    ):
+        value = os.environ.get(variable, off).lower()
+        if value != off:
+            backend.warnings.append(f"accelerate's {asked}={value} is not used; the run's own settings decide")
+    return backend
+
+
+def _asked(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() == "true"
+
+
+def _deepspeed(cpu: bool) -> type[Replicas]:
+    try:
+        if cpu:
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+            PartialState(cpu=True)  # made here, it counts all processes; made by an Accelerator with DeepSpeed, one
+        import deepspeed  # noqa: F401
+
+        from training.zero import ZeRO
+    except ImportError as error:
+        raise UserError("DeepSpeed is asked for, but not installed; pip install 'hybridlm[deepspeed]'") from error
+    return ZeRO
+
+
+def _fsdp() -> type[Replicas]:
+    try:
+        from training.fsdp import FSDP2
+    except ImportError as error:
+        raise UserError(f"FSDP2 needs PyTorch 2.6 or newer, this is {torch.__version__}; use ddp.yaml") from error
+    return FSDP2
+
+
+def on_any_process(holds: bool, device: torch.device) -> bool:
+    """Whether it holds on any process of a run: for a loss, whose parts all processes must compute if one does.
+
+    ZeRO adds gradients up in the order in which they come, so all processes need the same graph.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return holds
+    flag = torch.tensor(float(holds), device=device)
+    torch.distributed.all_reduce(flag)
+    return bool(flag > 0)
 
 
 def leave() -> None:

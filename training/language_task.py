@@ -26,6 +26,7 @@ from tokenizer.frames import AudioFrames, Tokenizer
 from tokenizer.text import TextTokenizer
 from training.align import read_alignments
 from training.corpus import CachedClip, TokenCache, Window
+from training.distributed import on_any_process
 from training.examples import (
     GOES_ON,
     MAX_PIECES,
@@ -229,7 +230,8 @@ class LanguageTask:
         mask = mask & ~(hidden & batch["text_mask"])
         mask = drop_conditions(mask, config.condition_dropout, generator)
         can_align = config.alignment_heads > 0 or config.reader_layer is not None
-        align = losses.alignment_weight > 0 and can_align and bool(batch["aligned"].any())
+        aligned = bool(batch["aligned"].any())
+        align = losses.alignment_weight > 0 and can_align and on_any_process(aligned, device)
         nll = self.model(
             batch["prefix"],
             mask,
@@ -242,7 +244,10 @@ class LanguageTask:
             guide=self._guide(batch, generator) if align and "places" in batch else None,
             with_flow=losses.flow_weight > 0,
         )
-        return combine(nll, losses, latent_dim=config.latent_dim, aligned=batch["aligned"])
+        loss, parts = combine(nll, losses, latent_dim=config.latent_dim, aligned=batch["aligned"])
+        if align and not aligned:
+            del parts["alignment"]  # of another process's rows
+        return loss, parts
 
     def _guide(self, batch: Batch, generator: torch.Generator) -> Guide:
         """The true places, each with the one before it, in error: partly drifting through the row, partly by chance.

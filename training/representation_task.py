@@ -22,6 +22,7 @@ from tokenizer.f3 import F3Tokenizer
 from tokenizer.loading import load_tokenizer
 from tokenizer.representation import RepresentationConfig, RepresentationEncoder
 from training.corpus import TokenCache, Window
+from training.distributed import on_any_process
 from training.llm_supervision import FrozenLLM, Projector, load_llm
 from training.rq_mtp import MultiTokenHeads, RandomProjectionQuantizer, codebook_use
 from training.task import Batch, Sample
@@ -177,15 +178,23 @@ class RepresentationTask:
             figures |= {"rq_mtp": each.detach().mean(), "rq_accuracy": hits[0]}
             figures |= {"target_codes_in_use": use, "target_perplexity": perplexity}
         rows = [row for row, text in enumerate(batch["texts"]) if text]
-        if self.learner.projector is not None and self.llm is not None and rows:
-            prefix, real = self.learner.projector(features[rows], lengths[rows])
-            scores = self.llm.to(latents.device).nll(prefix, real, [batch["texts"][row] for row in rows])
+        if self.learner.projector is not None and self.llm is not None and self._any_text(rows, latents.device):
+            # Without a text of its own, this process lets the others' graph run over a row that does not count.
+            texts = [batch["texts"][row] for row in rows] or ["a"]
+            chosen = rows or [0]
+            prefix, real = self.learner.projector(features[chosen], lengths[chosen])
+            scores = self.llm.to(latents.device).nll(prefix, real, texts)
             # A mean a text: a caption of two tokens counts as much as a transcript of forty.
             cross_entropy = (scores.nats / scores.tokens).mean()
-            total = total + losses.llm_weight * cross_entropy
-            figures["llm"] = cross_entropy.detach()
+            total = total + losses.llm_weight * cross_entropy * bool(rows)
+            if rows:
+                figures["llm"] = cross_entropy.detach()
         # A batch without any text still has to reach every weight's gradient, if only with zero.
         return total + 0.0 * features.sum(), figures
+
+    def _any_text(self, rows: Sequence[int], device: torch.device) -> bool:
+        """Whether a process has a row with text; a validation is the main one's alone."""
+        return on_any_process(bool(rows), device) if self.learner.training else bool(rows)
 
     def validate(self) -> Mapping[str, float]:
         """The training losses on held-out clips."""

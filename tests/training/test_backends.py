@@ -1,0 +1,112 @@
+"""DDP, ZeRO and FSDP2 on two ranks train as one process does, and read one another's checkpoints."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hybridlm.checkpoint import load_model
+from tests.support.toy_corpus import write_cache
+from tests.support.two_ranks import ENVIRONMENTS, ZERO3, SharedTask, settings, start
+from training.loop import fit
+from training.state import checkpoints
+
+DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
+ZERO = [
+    pytest.param(name, marks=pytest.mark.skipif(not DEEPSPEED, reason="deepspeed is not installed"))
+    for name in ("zero1", "zero2", "zero3")
+]
+EVERY = ["ddp", "fsdp2", *ZERO]
+FILES = ("model", "optimizer_model", "ema")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of runs: `one` of a single process, one of every backend, and one of each that took over at step 10."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "zero3.json").write_text(ZERO3)
+    write_cache(folder)
+    fit(SharedTask(0), settings(folder / "one", 4), {})
+    fit(SharedTask(0, same_graph=False), settings(folder / "one-seldom", 4), {})
+    backends = [name for name in ENVIRONMENTS if DEEPSPEED or not name.startswith("zero")]
+    for backend in backends:
+        copy_half(folder / "one", folder / f"{backend}-resumed")
+    start("tests.support.two_ranks", str(folder), *backends)
+    return folder
+
+
+def copy_half(run: Path, to: Path) -> None:
+    shutil.copytree(run / "checkpoints/step_00000010", to / "checkpoints/step_00000010")
+
+
+def curve(run: Path) -> dict[str, torch.Tensor]:
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    train = [record for record in records if record["kind"] == "train"]
+    figures = {
+        name: [r.get(name, -1.0) for r in train] for name in ("step", "model_loss", "absolute", "model_grad_norm")
+    }
+    figures["validation"] = [r["loss"] for r in records if r["kind"] == "validate"]
+    figures["skipped"] = [r["step"] for r in records if r["kind"] == "skipped"]
+    return {name: torch.tensor(values) for name, values in figures.items()}
+
+
+def assert_same_state(run: Path, other: Path) -> None:
+    for stem in FILES:
+        found, expected = (load_file(checkpoints(each)[-1] / f"{stem}.safetensors") for each in (run, other))
+        assert found.keys() == expected.keys()
+        for name in expected:
+            torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=1e-4, msg=f"{stem}: {name}")
+    found, expected = (load_file(each / "model/model.safetensors") for each in (run, other))
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", EVERY)
+def test_curves_and_states_equal_those_of_one_process(runs: Path, backend: str) -> None:
+    found, expected = curve(runs / backend), curve(runs / "one")
+    assert expected["skipped"].tolist() == [6]
+    assert len(expected["step"]) == 20
+    assert float(expected["model_grad_norm"].max()) > 0.5  # clipped
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], atol=1e-4, rtol=1e-4, msg=name)
+    assert_same_state(runs / backend, runs / "one")
+
+
+@pytest.mark.parametrize("backend", EVERY)
+def test_a_run_of_one_process_goes_on_under_it(runs: Path, backend: str) -> None:
+    assert_same_state(runs / f"{backend}-resumed", runs / "one")
+
+
+@pytest.mark.parametrize("backend", EVERY)
+def test_its_run_goes_on_in_one_process(runs: Path, backend: str, tmp_path: Path) -> None:
+    copy_half(runs / backend, tmp_path)
+    fit(SharedTask(1), settings(tmp_path, 4), {}, resume=True)
+    assert_same_state(tmp_path, runs / "one")
+
+
+@pytest.mark.parametrize("backend", ["ddp", "fsdp2"])
+def test_a_batch_may_leave_weights_out(runs: Path, backend: str) -> None:
+    assert_same_state(runs / f"{backend}-seldom", runs / "one-seldom")
+
+
+@pytest.mark.parametrize("backend", ["fsdp2", *ZERO])
+def test_a_language_model_learns_as_under_ddp_and_its_folder_loads(runs: Path, backend: str) -> None:
+    found, expected = curve(runs / f"{backend}-language"), curve(runs / "ddp-language")
+    for name in ("model_loss", "model_grad_norm", "validation"):
+        torch.testing.assert_close(found[name], expected[name], atol=1e-4, rtol=1e-4, msg=name)
+    model, reference = (load_model(runs / f"{name}-language" / "model").model for name in (backend, "ddp"))
+    for (name, weight), other in zip(model.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(weight, other, atol=1e-4, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("backend", ["fsdp2", *ZERO])
+def test_a_task_with_two_optimizers_is_refused(runs: Path, backend: str) -> None:
+    for rank in range(2):
+        said = (runs / f"{backend}-two" / f"said-{rank}").read_text()
+        assert "trains one module with one optimizer, but this task has 2: model, discriminator; use" in said
