@@ -39,11 +39,15 @@ class FSDP2(Sharded):
 
     @property
     def name(self) -> str:
-        return f"FSDP2 ({len(self._units)} layers by themselves)"
+        return f"FSDP2 ({len(self._units)} layers gathered one by one)"
 
     def _shard(self, module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
         names = set(self._plugin.transformer_cls_names_to_wrap or ())
         self._units = [part for part in module.modules() if type(part).__name__ in names]
+        if not self._units:
+            self.warnings.append(
+                "all weights are gathered at once: fsdp_transformer_layer_cls_to_wrap names no layer of this model"
+            )
         inside = {parameter for unit in self._units for parameter in unit.parameters()}
         # Processes add gradients up weight by weight, and a batch may use fewer of them; layers are always used whole.
         self.task_loss.reached = [

@@ -84,7 +84,7 @@ class ZeRO(Sharded):
         """Have weights that a module of ours holds itself at hand during the whole loss.
 
         DeepSpeed hands weights out around the forward of the module that holds them; a method other than `forward`
-        (`CodeHead.score`) would find its own ones empty.
+        (`CodeHead.score`, `Glance.move`) may find its own ones empty.
         """
         from deepspeed import zero
 

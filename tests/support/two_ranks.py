@@ -96,7 +96,8 @@ class SharedTask:
         loss = (self.model.read(batch["x"]) - 2 * batch["x"]).pow(2).mean()
         if self.same_graph or batch["number"] % 4 == 1:
             loss = loss + (self.model.seldom - 1).pow(2).sum() * (batch["number"] % 4 == 1)
-        return loss * (torch.nan if batch["number"] == 21 else 1.0), {"absolute": loss.detach().abs()}
+        # The gradient stays finite: only the loss tells.
+        return loss + (torch.inf if batch["number"] == 21 else 0.0), {"absolute": loss.detach().abs()}
 
     def batches(self, *, seed: int, rank: int, world_size: int, skip: int) -> Iterator[Batch]:
         number = skip * world_size + rank
