@@ -99,7 +99,7 @@ def test_the_stages_are_those_that_the_names_say() -> None:
 
 
 def test_fsdp2_names_layers_that_exist() -> None:
-    config = load_config_from_file(str(FOLDER / "accelerate/fsdp2.yaml"))
+    config = load_config_from_file(str(ROOT / "configs" / "accelerate" / "fsdp2.yaml"))
     named = set(config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"].split(","))
     classes = (DecoderLayer, TransformerLayer, ConvNeXtBlock, Block, LlamaDecoderLayer)
     assert named == {layer.__name__ for layer in classes}
