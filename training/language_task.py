@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from hybridlm.backbone import Backbone
@@ -190,6 +191,7 @@ class LanguageTask:
             "lengths": frames.lengths,
             "ended": ended,
             "aligned": complete & prefix.text_mask.any(dim=1),
+            "clips": [clip.key for clip in clips],
         }
         if frames.features is not None:
             batch["features"] = frames.features
@@ -275,7 +277,7 @@ class LanguageTask:
         generator = torch.Generator(self._device()).manual_seed(0)  # the flow's alone
         for windows in self._validation_windows(cache):
             batch = self.batch(cache, windows)
-            batch = {name: value.to(self._device()) for name, value in batch.items()}
+            batch = send_to_device(batch, self._device())
             seeds = [clip_seed(cache.index.clip(window.clip).key) for window in windows]
             latents = noise_latents(batch["latents"], self.model.config.sigma, seeds)
             nll = self.model(

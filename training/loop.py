@@ -7,7 +7,7 @@ import hashlib
 import os
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,9 @@ from training.state import (
     save_checkpoint,
 )
 from training.task import Batch, Task
+
+CLIPS_NAMED = 5
+"""Clips of a bad step that are named in a line; the log has all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -212,7 +215,7 @@ class _Run:
             healthy = healthy and updated
         self.progress.step += 1
         self.progress.batches += len(micro_batches)
-        self._guard(healthy)
+        self._guard(healthy, micro_batches)
         return losses if healthy else {}, frames
 
     def _update(self, turn: str, index: int, total: Tensor) -> tuple[Tensor, bool]:
@@ -225,20 +228,27 @@ class _Run:
             self.ema.update()
         return norm, updated
 
-    def _guard(self, healthy: bool) -> None:
-        """Count the steps that were skipped, and stop when they don't end."""
+    def _guard(self, healthy: bool, micro_batches: Sequence[Batch]) -> None:
+        """Count the steps that were skipped, name what was in them, and stop when they don't end."""
         if healthy:
             self.bad_in_a_row = 0
             return
         self.bad_in_a_row += 1
         self.progress.bad_steps += 1
-        self.journal.record("skipped", self.progress.step, {"in_a_row": self.bad_in_a_row})
-        self.journal.say(f"step {self.progress.step}: loss or gradient is not finite; skipped")
+        last = self.progress.batches
+        first = last - len(micro_batches) + 1
+        clips = [clip for batch in micro_batches for clip in batch.get("clips", ())]
+        what = f"batch {last}" if first == last else f"batches {first} to {last}"
+        what += f" of {', '.join(clips[:CLIPS_NAMED])}" if clips else ""
+        what += f" and {len(clips) - CLIPS_NAMED} more" if len(clips) > CLIPS_NAMED else ""
+        record = {"in_a_row": self.bad_in_a_row, "first_batch": first, "last_batch": last, "clips": clips}
+        self.journal.record("skipped", self.progress.step, record)
+        self.journal.say(f"step {self.progress.step}: loss or gradient is not finite; skipped ({what})")
         if self.bad_in_a_row >= self.config.max_bad_steps:
             kept = checkpoints(self.output)
             raise UserError(
                 f"loss or gradient was not finite in {self.bad_in_a_row} steps in a row, up to step "
-                f"{self.progress.step}; lower optimizer.learning_rate or set precision=fp32, then resume from "
+                f"{self.progress.step} ({what}); lower optimizer.learning_rate or set precision=fp32, then resume from "
                 f"{kept[-1] if kept else 'the start'}"
             )
 

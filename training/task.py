@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 Batch = dict[str, Any]
 """Tensors by name. The loop moves them to the device. The turns of one step share the very dict, so that an earlier
-turn may leave something (a detached fake waveform, say) for a later one."""
+turn may leave something (a detached fake waveform, say) for a later one. `clips`, a list of names, is told of a batch
+whose loss is not finite."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

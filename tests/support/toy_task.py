@@ -65,7 +65,7 @@ class ToyTask:
         index = skip
         while True:
             generator = torch.Generator().manual_seed(1000 * seed + index * world_size + rank)
-            yield {"x": torch.randn(8, 3, generator=generator)}
+            yield {"x": torch.randn(8, 3, generator=generator), "clips": [f"clip {index}.{row}" for row in range(8)]}
             index += 1
 
     def size(self, batch: Batch) -> int:

@@ -114,7 +114,9 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path: Path
         {},
     )
     assert torch.equal(bad.model[0].weight, bad_twin.model[0].weight)
-    assert [record["step"] for record in lines(tmp_path / "bad", "skipped")] == [3]
+    (skipped,) = lines(tmp_path / "bad", "skipped")
+    assert skipped["step"] == skipped["first_batch"] == skipped["last_batch"] == 3
+    assert skipped["clips"] == [f"clip 2.{row}" for row in range(8)]
     assert all(
         math.isfinite(record["model_loss"]) for record in lines(tmp_path / "bad", "train") if record["step"] != 3
     )
@@ -123,7 +125,10 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(tmp_path: Path
 
 def test_a_run_that_stays_bad_stops_with_one_line(tmp_path: Path) -> None:
     task = ToyTask(bad_steps=range(3, 99))
-    with pytest.raises(UserError, match=r"not finite in 4 steps in a row, up to step 7; lower optimizer.learning_rate"):
+    with pytest.raises(
+        UserError,
+        match=r"not finite in 4 steps in a row, up to step 7 \(batch 7 of clip 6.0, .*, clip 6.4 and 3 more\); lower",
+    ):
         fit(task, settings(tmp_path, max_steps=50, max_bad_steps=4), {})
     assert torch.isfinite(task.model[0].weight).all()
 
