@@ -9,6 +9,7 @@ Shapes: B batch, T frames, K codebooks, D latent.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -159,7 +161,7 @@ def evaluate(
     scored: list[tuple[int, ScoredClip]] = []
     skipped: list[tuple[int, str]] = []
     beginnings: list[tuple[int, CachedClip]] = []
-    with processes.agreed():
+    with processes.agreed(), _half_the_threads(found):
         share = share_out(source, groups, processes.count)[processes.rank]
         for numbers, clips in _ahead(found, source, share, told=processes.rank == 0):
             good = [(number, clip) for number, clip in zip(numbers, clips, strict=True) if isinstance(clip, CachedClip)]
@@ -196,6 +198,18 @@ def evaluate(
             "unknown_tags": [tag for tag in source.all_tags() if tag not in found.text.tags] if with_text else [],
         },
     )
+
+
+@contextlib.contextmanager
+def _half_the_threads(found: Checkpoint) -> Iterator[None]:
+    """On a CPU, encoding and scoring go on side by side: with all threads for both they would wait for each other."""
+    threads = torch.get_num_threads()
+    if next(found.model.parameters()).device.type == "cpu":
+        torch.set_num_threads(max(1, threads // 2))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _ahead(
