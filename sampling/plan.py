@@ -207,15 +207,4 @@ def _plan(tensors: Mapping[str, Tensor], facts_json: Any, path: Path) -> Plan:
 
 def moved(request: Request, device: torch.device) -> Request:
     """The same request with its prompt on another device."""
-    if request.prompt is None:
-        return request
-    prompt = request.prompt
-    return replace(
-        request,
-        prompt=AudioFrames(
-            codes=prompt.codes.to(device),
-            latents=prompt.latents.to(device),
-            features=None if prompt.features is None else prompt.features.to(device),
-            lengths=prompt.lengths.to(device),
-        ),
-    )
+    return request if request.prompt is None else replace(request, prompt=request.prompt.to(device))

@@ -31,6 +31,15 @@ class AudioFrames:
     features: Float[Tensor, "B T F"] | None = None
     """Input and understanding only; optional."""
 
+    def to(self, device: torch.device | str) -> AudioFrames:
+        """The same on a device."""
+        return AudioFrames(
+            codes=self.codes.to(device),
+            latents=self.latents.to(device),
+            lengths=self.lengths.to(device),
+            features=None if self.features is None else self.features.to(device),
+        )
+
 
 @runtime_checkable
 class StreamingEncoder(Protocol):

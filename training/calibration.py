@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from hybridlm.checkpoint import Checkpoint
-from tokenizer.frames import AudioFrames
 from training.corpus import CachedClip
-from training.examples import clip_seed, make_prefix
+from training.examples import clip_seed
+from training.scoring import states_of
 
 DRAWS = 4
 
@@ -35,42 +35,36 @@ class Calibration:
 
 @torch.inference_mode()
 def calibrate(
-    found: Checkpoint, clips: Sequence[CachedClip], *, frames_a_clip: int, max_frames: int
+    found: Checkpoint, clips: Sequence[CachedClip], *, frames_a_clip: int, max_frames: int, with_text: bool = True
 ) -> dict[str, Calibration]:
     """By stream, `codes` and `latents`, as far as the model predicts them; latents given the drawn codes, or the true.
 
     Args:
         found: Model, tokenizer and text.
-        clips: The true frames, noised as they are scored. The model is told neither their text nor their tags.
+        clips: The true frames, noised as they are scored; all in one batch.
         frames_a_clip: At most so many frames of each, evenly spread.
         max_frames: Of each clip its beginning, at most this much.
+        with_text: Whether the model is told text and tags.
     """
     model, device = found.model, next(found.model.parameters()).device
     sums: dict[str, Tensor] = {}
     count = 0
-    for clip in clips:
-        prefix = make_prefix(found.text, [(None, [])])
-        length = min(max_frames, len(clip.latents))
-        frames = AudioFrames(
-            codes=clip.codes[None, :, :length].to(device),
-            latents=clip.latents[None, :length].to(device),
-            lengths=torch.tensor([length], device=device),
-            features=None if clip.features is None else clip.features[None, :length].to(device),
-        )
-        h = model.states(prefix.ids.to(device), prefix.mask.to(device), frames)[0, :-1]  # (T, C)
-        chosen = torch.linspace(0, length - 1, min(frames_a_clip, length)).round().long().repeat(DRAWS).to(device)
-        h = h[chosen]
+    clips = [clip.cut(0, max_frames) for clip in clips]
+    for clip, states in zip(clips, states_of(found, clips, with_text=with_text), strict=True):
+        length = len(clip.latents)
+        chosen = torch.linspace(0, length - 1, min(frames_a_clip, length)).round().long().repeat(DRAWS)
+        h = states[chosen.to(device)]
         generators = [torch.Generator().manual_seed(clip_seed(clip.key))] * len(chosen)
         drawn = true = None
         if model.code_head is not None:
             drawn = model.code_head.sample(h, generators)
-            true = frames.codes[0, : model.config.output_codebooks].T[chosen]  # (N, K)
+            true = clip.codes[: model.config.output_codebooks, chosen].T.to(device)  # (N, K)
             scores = [-model.code_head.log_prob(h, codes).double().sum() for codes in (drawn, true)]
             sums["codes"] = sums.get("codes", torch.zeros(2, dtype=torch.float64)) + torch.stack(scores).cpu()
         if model.latent_head is not None:
             density = model.latent_distribution(h, drawn)
             scores = [-density.log_prob(density.sample(generators)).double().sum()]
-            scores.append(-model.latent_distribution(h, true).log_prob(frames.latents[0, chosen]).double().sum())
+            scores.append(-model.latent_distribution(h, true).log_prob(clip.latents[chosen].to(device)).double().sum())
             sums["latents"] = sums.get("latents", torch.zeros(2, dtype=torch.float64)) + torch.stack(scores).cpu()
         count += len(chosen)
     return {

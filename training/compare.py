@@ -271,10 +271,12 @@ def sampled(recipe: Recipe, found: Checkpoint, tests: TokenCache) -> dict[str, A
     length = min(SAMPLED_LENGTH, recipe.max_frames)
     if not clips:
         return {"calibration": {}, "cell_mass": []}
-    calibration = calibrate(found, clips, frames_a_clip=SAMPLED_FRAMES, max_frames=length)
+    settings = {"frames_a_clip": SAMPLED_FRAMES, "max_frames": length}
+    with_text = recipe.text_model is not None
+    calibration = calibrate(found, clips, **settings, with_text=with_text)
     mass: tuple[float, ...] = ()
     if found.model.config.representation == "hybrid":
-        mass = cell_mass(found, clips, frames_a_clip=SAMPLED_FRAMES, max_frames=length, with_text=False)
+        mass = cell_mass(found, clips, **settings, with_text=with_text)
     return {"calibration": {name: asdict(one) for name, one in calibration.items()}, "cell_mass": list(mass)}
 
 

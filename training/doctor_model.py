@@ -16,7 +16,6 @@ from hybridlm.adapter import adapter_names
 from hybridlm.checkpoint import Checkpoint
 from tokenizer.audio import read_audio
 from tokenizer.errors import UserError
-from tokenizer.frames import AudioFrames
 from tokenizer.metrics import Undefined, mel_distance, stoi
 from training.corpus import CachedClip, TokenCache
 from training.examples import GOES_ON, MAX_PIECES, make_prefix
@@ -220,13 +219,7 @@ def _cut(clip: CachedClip, seconds: float, rate: float) -> CachedClip:
     frames = round(seconds * rate)
     if len(clip.latents) <= frames:
         return clip
-    return dataclasses.replace(
-        clip,
-        codes=clip.codes[:, :frames],
-        latents=clip.latents[:frames],
-        features=None if clip.features is None else clip.features[:frames],
-        labels={**clip.labels, GOES_ON: "yes"},
-    )
+    return dataclasses.replace(clip.cut(0, frames), labels={**clip.labels, GOES_ON: "yes"})
 
 
 def _loss(found: Checkpoint, cache: TokenCache, clips: Sequence[CachedClip], seed: int) -> Tensor:
@@ -247,12 +240,7 @@ def _nll(
     nll = found.model.nll(
         prefix.ids.to(device),
         prefix.mask.to(device),
-        AudioFrames(
-            codes=frames.codes.to(device),
-            latents=frames.latents.to(device),
-            lengths=frames.lengths.to(device),
-            features=None if frames.features is None else frames.features.to(device),
-        ),
+        frames.to(device),
         ended=torch.tensor([GOES_ON not in clip.labels for clip in clips], device=device),
         generator=generator,
     )

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 import torch
 
 from hybridlm.checkpoint import Checkpoint
-from tokenizer.frames import AudioFrames
-from training.corpus import CachedClip, TokenCache
-from training.examples import MAX_PIECES, clip_seed, make_prefix
+from training.corpus import CachedClip
+from training.examples import clip_seed
+from training.scoring import states_of
 
 DRAWS = 4
 
@@ -37,22 +37,7 @@ def cell_mass(
     model, device = found.model, next(found.model.parameters()).device
     depth = model.config.output_codebooks
     clips = [clip.cut(0, max_frames) for clip in clips]
-    rows = [
-        (clip.text if with_text else None, [tag for tag in clip.tags if tag in found.text.tags] if with_text else [])
-        for clip in clips
-    ]
-    prefix = make_prefix(found.text, rows, max_pieces=MAX_PIECES)
-    frames = TokenCache.frames(clips)
-    states = model.states(
-        prefix.ids.to(device),
-        prefix.mask.to(device),
-        AudioFrames(
-            codes=frames.codes.to(device),
-            latents=frames.latents.to(device),
-            lengths=frames.lengths.to(device),
-            features=None if frames.features is None else frames.features.to(device),
-        ),
-    )
+    states = states_of(found, clips, with_text=with_text)
     hits, count = torch.zeros(depth, dtype=torch.float64), 0
     for clip, h in zip(clips, states, strict=True):
         length = len(clip.latents)

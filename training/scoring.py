@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from hybridlm.checkpoint import Checkpoint
 from hybridlm.frame_nll import FrameNLL
 from hybridlm.likelihood import ClipNLL, clip_nlls, noise_latents
-from tokenizer.frames import AudioFrames
 from training.corpus import CachedClip, TokenCache
 from training.examples import GOES_ON, MAX_PIECES, clip_seed, make_prefix, with_latents
 from training.positions import PositionNLL
@@ -250,15 +251,27 @@ def _score_batch(
     nll = found.model.nll(
         prefix.ids.to(device),
         prefix.mask.to(device),
-        AudioFrames(
-            codes=frames.codes.to(device),
-            latents=frames.latents.to(device),
-            lengths=frames.lengths.to(device),
-            features=None if frames.features is None else frames.features.to(device),
-        ),
+        frames.to(device),
         ended=torch.tensor([window.ended for window in windows], device=device),
     )
     return _without_context(nll, [window.start - window.context for window in windows])
+
+
+def states_of(found: Checkpoint, clips: Sequence[CachedClip], *, with_text: bool) -> Float[Tensor, "B L C"]:
+    """The model's states along whole clips, side by side.
+
+    Args:
+        found: Model, tokenizer and text.
+        clips: Frames as they are scored.
+        with_text: Whether the model is told text and tags.
+    """
+    device = next(found.model.parameters()).device
+    rows: list[tuple[str | None, list[str]]] = [(None, []) for _ in clips]
+    if with_text:
+        rows = [(clip.text, [tag for tag in clip.tags if tag in found.text.tags]) for clip in clips]
+    prefix = make_prefix(found.text, rows, max_pieces=MAX_PIECES)
+    frames = TokenCache.frames(clips).to(device)
+    return found.model.states(prefix.ids.to(device), prefix.mask.to(device), frames)
 
 
 def _without_context(nll: FrameNLL, context: Sequence[int]) -> FrameNLL:

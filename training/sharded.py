@@ -8,6 +8,7 @@ for a while, as a plain module (`Sharded.whole`).
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -52,7 +53,7 @@ class TaskLoss(nn.Module):
         return loss
 
 
-class Sharded(Replicas):
+class Sharded(Replicas, ABC):
     """A backend that takes over the one module of a task."""
 
     partitions_weights = True
@@ -78,9 +79,9 @@ class Sharded(Replicas):
         ]
         return {name: self._shard(module, optimizer_config(name))}
 
+    @abstractmethod
     def _shard(self, module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
         """Share out `task_loss`, whose part `module` is, and make the optimizer."""
-        raise NotImplementedError
 
     def _call(self) -> Tensor:
         return self.task_loss()
