@@ -88,7 +88,7 @@ def add_lora(model: HybridLM, config: LoraConfig, *, seed: int, name: str = DEFA
         seed: Of the first of the two factors, which starts at random.
         name: The adapter's; it is in use afterwards.
     """
-    peft = _peft()
+    peft = peft_library()
     targets = [key for key, module in model.named_modules() if isinstance(module, nn.Linear)] + ["text_embedding"]
     lora = peft.LoraConfig(
         r=config.rank,
@@ -148,7 +148,7 @@ def load_adapter(model: HybridLM, folder: Path, base: Base, *, name: str = DEFAU
     check_base(folder, base)
     if name in adapter_names(model) or not name or "." in name:
         raise UserError(f"adapter name {name!r} must be new, not empty and without dots; choose another")
-    peft = _peft()
+    peft = peft_library()
     config = _read_config(folder, peft)
     weights = _read_weights(folder / WEIGHTS_FILE)
     device = next(model.parameters()).device
@@ -173,7 +173,7 @@ def save_adapter(folder: Path, model: HybridLM, base: Base, *, card: str, name: 
     Raises:
         UserError: when the folder can't be written.
     """
-    peft = _peft()
+    peft = peft_library()
     found = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     weights = {PREFIX + key: tensor.detach().cpu().contiguous().clone() for key, tensor in found.items()}
     config: Any = model.peft_config[name]  # type: ignore[index]
@@ -312,7 +312,12 @@ def _layers(model: nn.Module) -> Iterator[Any]:
     return (module for module in model.modules() if _is_layer(module))
 
 
-def _peft() -> ModuleType:
+def peft_library() -> ModuleType:
+    """The library.
+
+    Raises:
+        UserError: it is not installed.
+    """
     try:
         import peft
     except ImportError as error:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from hybridlm.adapter import LoraConfig, adapter_names, adapter_size, is_adapter, save_adapter
+from hybridlm.adapter import LoraConfig, adapter_names, adapter_size, is_adapter, peft_library, save_adapter
 from hybridlm.checkpoint import Checkpoint, load_model, resolve, save_model
 from hybridlm.likelihood import bits_per_second
 from tokenizer.errors import UserError
@@ -128,6 +128,8 @@ def run(
         if lora
         else None
     )
+    if lora:
+        peft_library()  # before recordings are encoded
     for tag in config.tags or ():
         start.text.tag_id(tag)
     prepared = prepare_recordings(Path(data), output / "tokens", start, config.tags)

@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 from torchaudio.functional import resample
 
-from hybridlm import cli
+from hybridlm import cli_training
 from hybridlm.adapter import LoraConfig, add_lora, save_adapter
 from hybridlm.checkpoint import Checkpoint, load_model
 from hybridlm.model import HybridLM
@@ -321,7 +321,7 @@ def brief(model: HybridLM, tokenizer: Tokenizer, text: TextTokenizer) -> list[Sa
 def test_an_adapter_that_changes_nothing_is_broken_and_the_status_says_so(
     command: Command, model: Path, clean: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "_sound", brief)
+    monkeypatch.setattr(cli_training, "_sound", brief)
     examine(clean, write_clean(clean))
     still, moving = make_adapter(model, tmp_path / "still", 0.0), make_adapter(model, tmp_path / "moving", 0.3)
     figures = tmp_path / "figures.json"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +202,15 @@ def test_a_rank_without_an_adapter_is_refused(folders: dict[str, str], tmp_path:
         run(folders["model"], Path(folders["cache"]), tmp_path / "m", FAST, rank=4)
     with pytest.raises(UserError, match="rank=-1 must be at least 1"):
         run(folders["model"], Path(folders["cache"]), tmp_path / "m", FAST, lora=True, rank=-1)
+
+
+def test_without_the_library_nothing_is_encoded(
+    folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(UserError, match="adapters need the package peft"):
+        run(folders["model"], Path(folders["clips"]), tmp_path / "out", lora=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_tags_are_the_models_own(folders: dict[str, str], tmp_path: Path) -> None:
