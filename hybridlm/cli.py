@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hybridlm.cli_options import AdapterOption, JsonOption, ModelOption, Source, TokenizerOption
+from hybridlm.cli_options import AdapterOption, JsonOption, ModelOption, PrecisionOption, Source, TokenizerOption
 from hybridlm.cli_training import compare, doctor, evaluate, finetune, merge, plan, prepare, probe, train
 from tokenizer.errors import UserError
 
@@ -107,6 +107,7 @@ def generate(
         Path | None,
         typer.Option(metavar="FILE", help="Keep the drawn codes here (.safetensors), for 'hybridlm render'."),
     ] = None,
+    precision: PrecisionOption = "fp32",
 ) -> None:
     """Make audio from text, from tags, from a recording to continue, or from nothing."""
     from sampling.files import run
@@ -138,6 +139,7 @@ def generate(
         device=str(resolve_device(device)),
         output=output,
         save_plan=save_plan,
+        precision=precision or "fp32",
     )
 
 
@@ -164,6 +166,7 @@ def render(
     output: Annotated[Path, typer.Option(metavar="FILE", help="WAV or FLAC; a spectrogram PNG goes beside it.")] = Path(
         "rendered.wav"
     ),
+    precision: PrecisionOption = None,
 ) -> None:
     """Make a plan's audio again: the same, with other latents of the same codes, or with a span drawn anew."""
     from sampling.render import run
@@ -178,6 +181,7 @@ def render(
         edit=edit,
         device=str(resolve_device(device)),
         output=output,
+        precision=precision,
     )
 
 

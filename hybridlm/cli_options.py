@@ -63,6 +63,10 @@ AdapterOption = Annotated[
     str | None,
     typer.Option("--adapter", metavar="DIR", help="An adapter that `finetune --lora` made of this model."),
 ]
+PrecisionOption = Annotated[
+    str | None,
+    typer.Option("--precision", metavar="auto|fp32|bf16|int8", help="Of the weights; auto: what is fastest here."),
+]
 JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here too.")]
 Overrides = Annotated[
     list[str] | None,

@@ -73,6 +73,8 @@ class CodeHead(nn.Module):
         )
         self.norm = nn.LayerNorm(config.depth_dim, eps=config.norm_epsilon, bias=False)
         self.output = nn.Parameter(torch.empty(self.num_codebooks, config.codebook_size, config.depth_dim))
+        self.read_outs: nn.ModuleList | None = None
+        """The same matrices, each packed by itself (`hybridlm.precision`); then there is no `output`."""
         # Small outputs: the first prediction is nearly uniform.
         nn.init.normal_(self.output, std=INIT_STD)
 
@@ -82,8 +84,11 @@ class CodeHead(nn.Module):
         if self.codes is not None:
             before = F.pad(self.embedding(codes[:, :-1]).cumsum(dim=1), (0, 0, 1, 0))  # (N, K, E), zero for k = 0
             x = x + self.codes(before.transpose(0, 1))
+        y = self.norm(self.layers(x))
+        if self.read_outs is not None:
+            return torch.stack([read_out(one) for read_out, one in zip(self.read_outs, y, strict=True)])
         # (K, N, depth) @ (K, depth, V): one batched product, each codebook with its own matrix
-        return torch.bmm(self.norm(self.layers(x)), self.output.transpose(1, 2))
+        return torch.bmm(y, self.output.transpose(1, 2))
 
     def score(self, h: Float[Tensor, "N C"], codes: Int[Tensor, "N K"]) -> CodeScores:
         """Log-probabilities and top-1 hits of given codes."""
@@ -123,7 +128,7 @@ class CodeHead(nn.Module):
         drawn: list[Tensor] = []
         for k in range(self.num_codebooks):
             y = self.norm(self.layers(x + self.position[k]))
-            logits = F.linear(y, self.output[k]).float()
+            logits = (F.linear(y, self.output[k]) if self.read_outs is None else self.read_outs[k](y)).float()
             if guided:
                 conditional, free = logits.log_softmax(dim=-1).split(rows)
                 logits = free + cfg * (conditional - free)

@@ -107,6 +107,9 @@ class HybridLM(nn.Module):
         nn.init.normal_(self.stop.weight, std=INIT_STD)
         # Audio stops once in some hundred frames.
         nn.init.constant_(self.stop.bias, -4.0)
+        self.packed: str | None = None
+        """The precision that `hybridlm.precision.pack` gave the matrices; None: they are as they are trained."""
+        self.register_state_dict_pre_hook(_refuse_packed)
 
     # Whole sequences
 
@@ -414,6 +417,11 @@ class HybridLM(nn.Module):
             kept = torch.rand(embedded.shape[:2], generator=generator, device=where) >= config.history_dropout
             embedded = embedded * kept.to(embedded.device)[..., None]
         return embedded, clean, slices
+
+
+def _refuse_packed(model: HybridLM, *_: object) -> None:
+    if model.packed is not None:
+        raise ValueError(f"a model packed at {model.packed} has no state to save; load it with load_model for that")
 
 
 class _Run(NamedTuple):

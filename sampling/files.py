@@ -43,6 +43,7 @@ def run(
     device: str = "cpu",
     output: str | Path = "output.wav",
     save_plan: str | Path | None = None,
+    precision: str = "fp32",
     **changes: float | int | None,
 ) -> list[Path]:
     """`hybridlm generate`: make `num_samples` recordings, write them and print one line for each.
@@ -61,6 +62,7 @@ def run(
         device: "cpu", "cuda", ...
         output: WAV or FLAC; several become NAME-1.wav, NAME-2.wav, ...
         save_plan: Where what `hybridlm render` reads goes, all recordings in one file; None for nowhere.
+        precision: Of the weights (`AudioModel.pack`).
         changes: Fields of `Controls`; None for the default.
 
     Returns:
@@ -77,7 +79,9 @@ def run(
     if save_plan is not None:
         check_writable(check_name(Path(save_plan)))
     seed = secrets.randbelow(2**31) if seed is None else seed
-    audio_model = load(model, device=device, adapter=adapter)
+    audio_model = load(model, device=device, adapter=adapter, precision=precision)
+    for line in audio_model.told:
+        print(line)
     began = time.perf_counter()
     made = audio_model.generate(
         text=text,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float
@@ -16,6 +16,7 @@ from hybridlm.checkpoint import load_model, resolve
 from hybridlm.config import ModelConfig
 from hybridlm.folder import fingerprint
 from hybridlm.model import HybridLM
+from hybridlm.precision import AUTO, Precision, check, choose, pack, unpack
 from sampling.assemble import GeneratedAudio, assemble, at_loudness
 from sampling.controls import Controls, changed
 from sampling.generate import Drawn, Hear, Request, generate_frames
@@ -71,6 +72,10 @@ class AudioModel:
     ) -> None:
         self.model, self.tokenizer, self.text, self.base, self.name = model, tokenizer, text, base, name
         self.sample_rate_hz = tokenizer.sample_rate_hz
+        self.told: tuple[str, ...] = ()
+        """What a user should know of how the model was loaded, a line each."""
+        self._fingerprint: str | None = None
+        """Of the weights, before they were packed."""
 
     @property
     def adapters(self) -> list[str]:
@@ -89,7 +94,12 @@ class AudioModel:
         """
         if self.base is None:
             raise ValueError("this model was not read from a folder, so no adapter can be told to be of it")
+        packed = self.model.packed is not None
+        unpack(self.model)
+        self._fingerprint = None
         load_adapter(self.model, resolve(folder), self.base, name=name)
+        if packed:
+            self.pack("fp32")
 
     def use_adapter(self, name: str | None) -> None:
         """Switch to an adapter; None: to none, which gives exactly the model's own output.
@@ -109,11 +119,37 @@ class AudioModel:
         """What the audio is decoded from: latents, unless the model makes codes only."""
         return "latents" if self.model.config.predicts_latents else "codes"
 
+    def pack(self, precision: str) -> None:
+        """Lay the weights out for drawing (`hybridlm.precision`), after which they can't be trained.
+
+        Args:
+            precision: "fp32", "bf16", "int8", or "auto" for what a short measurement finds fastest here.
+
+        Raises:
+            UserError: another precision, or one that the device can't do.
+        """
+        check(precision, next(self.model.parameters()).device)
+        found = self._weights()
+        if precision == AUTO:
+            chosen = choose(self.model)
+            precision, self.told = chosen.precision, (chosen.reason,)
+        unfit = pack(self.model, cast(Precision, precision))
+        self.told += () if unfit is None else (f"precision {precision}: {unfit}",)
+        self._fingerprint = found if self.model.packed is not None else None
+
+    def _weights(self) -> str:
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.model.state_dict().items()}
+        return fingerprint(weights)
+
     @property
     def origin(self) -> Origin:
-        """Names and fingerprints, taken anew: the weights may have changed."""
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.model.state_dict().items()}
-        return Origin(name=self.name, model=fingerprint(weights), tokenizer=self.tokenizer.fingerprint())
+        """Names and fingerprints, the weights' taken anew unless they are packed: they may have changed."""
+        return Origin(
+            name=self.name,
+            model=self._fingerprint or self._weights(),
+            tokenizer=self.tokenizer.fingerprint(),
+            precision=self.model.packed or "fp32",
+        )
 
     def generate(
         self,
@@ -397,6 +433,7 @@ def load(
     name_or_dir: str | Path = "box",
     device: str = "cpu",
     adapter: str | Path | Mapping[str, str | Path] | None = None,
+    precision: str = "fp32",
 ) -> AudioModel:
     """Load a model that generates.
 
@@ -406,9 +443,13 @@ def load(
         device: "cpu", "cuda", ...
         adapter: An adapter's folder or hub id; or several, by name, of which the first is in use
             (`AudioModel.use_adapter`).
+        precision: Of the backbone's and the depth decoder's weights, "fp32", "bf16", "int8" or "auto"
+            (`AudioModel.pack`). The packed weights are for drawing; `hybridlm.checkpoint.load_model` gives those that
+            can be trained.
 
     Raises:
-        UserError: when there is no such model or device, a folder is damaged, or an adapter is of another model.
+        UserError: when there is no such model or device, a folder is damaged, an adapter is of another model, or the
+            device can't do the precision.
     """
     several = dict(adapter) if isinstance(adapter, Mapping) else {}
     found = load_model(name_or_dir, device=device, adapter=None if isinstance(adapter, Mapping) else adapter)
@@ -417,6 +458,7 @@ def load(
         model.add_adapter(folder, name)
     if several:
         model.use_adapter(next(iter(several)))
+    model.pack(precision)
     return model
 
 

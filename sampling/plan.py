@@ -41,6 +41,8 @@ class Origin:
     """Fingerprint of its weights."""
     tokenizer: str
     """Fingerprint of its tokenizer."""
+    precision: str = "fp32"
+    """Of its weights (`hybridlm.precision`); another makes other latents of the same codes."""
 
     def __str__(self) -> str:
         return f"model {self.name!r} ({self.model}, tokenizer {self.tokenizer})"

@@ -45,6 +45,7 @@ def run(
     edit: str | None = None,
     device: str = "cpu",
     output: str | Path = "rendered.wav",
+    precision: str | None = None,
     **changes: float | int | None,
 ) -> list[Path]:
     """`hybridlm render`: write the recordings of a plan and print one line for each.
@@ -56,6 +57,7 @@ def run(
         edit: "START:END" in seconds of the recording: only this span is drawn anew.
         device: "cpu", "cuda", ...
         output: WAV or FLAC; several recordings become NAME-1.wav, NAME-2.wav, ...
+        precision: Of the weights (`AudioModel.pack`); None for that of the plan.
         changes: `latent_temperature` and `latent_steps` of `Controls`; None for the plan's own.
 
     Returns:
@@ -70,7 +72,10 @@ def run(
     check_writable(paths[0])
     if seed is None and span is not None:
         seed = secrets.randbelow(2**31)
-    audio_model = load(found.origin.name if model is None else model, device=device)
+    precision = found.origin.precision if precision is None else precision
+    audio_model = load(found.origin.name if model is None else model, device=device, precision=precision)
+    for line in audio_model.told:
+        print(line)
     began = time.perf_counter()
     made = render(audio_model, found, seed=seed, edit=span, **changes)
     took = time.perf_counter() - began

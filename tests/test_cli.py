@@ -38,9 +38,11 @@ CONTRACT = {
         *("--latent-temperature", "--latent-steps"),
         *("--top-k", "--top-p", "--min-p", "--repetition-penalty", "--repetition-window", "--cfg"),
         *("--stop-threshold", "--min-duration", "--loudness", "--device", "--output", "--save-plan"),
+        "--precision",
     },
     "render": {
         *("plan", "--model", "--seed", "--latent-temperature", "--latent-steps", "--edit", "--device", "--output"),
+        "--precision",
     },
     "reconstruct": {"input", "output", "--tokenizer", "--from", "--num-codebooks", "--json"},
     "enhance": {"input", "output", "--model", "--phase", "--device", "--json"},

@@ -23,6 +23,7 @@ from hybridlm.adapter import (
 from hybridlm.checkpoint import Checkpoint, describe, load_model, save_model
 from hybridlm.merge import run as merge
 from hybridlm.model import HybridLM
+from hybridlm.precision import pack
 from sampling.pipeline import load
 from tests.support.saved_model import save_tiny_model
 from tokenizer.errors import UserError
@@ -105,6 +106,8 @@ def test_several_side_by_side_and_the_base_exact(base: Path, adapter: Path, tmp_
     other = make_adapter(base, tmp_path / "other", seed=1, rank=2)
     alone = [load_model(base, adapter=folder).model for folder in (adapter, other)]
     plain = load_model(base).model
+    for one in (*alone, plain):
+        pack(one, "fp32")  # as `load` does
     model = load(base, adapter={"mine": adapter, "other": other})
     assert model.adapters == ["mine", "other"]
     assert torch.equal(scores(model.model), scores(alone[0]))
