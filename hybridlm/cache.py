@@ -178,7 +178,9 @@ def _grow(like: Tensor, old: Tensor | None, length: int, filled: Tensor | None =
     return new
 
 
-def _with_room(mask: Bool[Tensor, "B N"]) -> Bool[Tensor, "B capacity"]:
-    """What comes after is visible until a call says otherwise."""
+def _with_room(mask: Bool[Tensor, "B N"]) -> Bool[Tensor, "B capacity"] | None:
+    """What comes after is visible until a call says otherwise; None where everything is."""
+    if bool(mask.all()):
+        return None
     room = torch.ones(mask.shape[0], BLOCK, dtype=torch.bool, device=mask.device)
     return torch.cat([mask, room], dim=1)

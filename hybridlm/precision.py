@@ -271,7 +271,9 @@ def _measure(model: HybridLM, device: torch.device) -> Chosen:
     for precision in seconds:  # from the most to the least exact
         if seconds[precision] <= WORTH * seconds[best]:
             best = precision
-    speeds = {name: f"{name}: {seconds['fp32'] / took:.1f}x fp32" for name, took in seconds.items() if name != "fp32"}
+    speeds: dict[str, str] = {
+        name: f"{name}: {seconds['fp32'] / took:.1f}x fp32" for name, took in seconds.items() if name != "fp32"
+    }
     told = speeds.pop(best, "fp32")
     beside = f", not {' nor '.join(speeds.values())}" if speeds else ""
     return Chosen(best, f"precision auto: {told} here{beside}, measured on the backbone's matrices")

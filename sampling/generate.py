@@ -14,6 +14,11 @@ state is extrapolated, u + cfg (c - u) (SLED).
 Equal results. Every row draws from a generator of its own, the same count of numbers a frame whatever the others do, so
 that a row depends on its seed alone. What is left is rounding: a matrix product may differ in the last bits between
 batch sizes, which moves a draw across the boundary of two codes about once in a million draws.
+
+Any length. A request may be longer than the model's longest sequence: with `sink_frames`, once so many frames are held,
+the oldest fall out, an eighth at a time, but for the prefix and the first ones, which attention leans on (StreamingLLM,
+arXiv 2309.17453). What stays moves up, so that no distance is one that the model was not trained on; time and memory a
+frame are bounded.
 """
 
 from __future__ import annotations
@@ -30,7 +35,11 @@ from hybridlm.code_head import draw, row_uniforms
 from hybridlm.latent_head import GaussianMixture
 from hybridlm.model import HybridLM
 from sampling.controls import Controls, penalize, restrict, sharpen
+from tokenizer.errors import UserError
 from tokenizer.frames import AudioFrames
+
+FORGOTTEN_SHARE = 8
+"""One of so many parts of the frames that are held falls out at once: to forget is to copy what stays."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,6 +73,9 @@ class Request:
     """Whether the prompt is looked at only, and no part of the result."""
     place: int | None = None
     """Pieces of the text that the prompt has spoken, which a reader goes on from; None: it finds out by itself."""
+    sink_frames: int | None = None
+    """First frames that are never forgotten, where more are drawn than the model's longest sequence has; None: nothing
+    is forgotten, and no more can be drawn."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,7 +120,7 @@ class FrameLoop:
 
     @torch.inference_mode()
     def __init__(self, model: HybridLM, request: Request, hear: Hear | None = None) -> None:
-        self.model, self.controls, self.hear = model, request.controls, hear
+        self.model, self.request, self.controls, self.hear = model, request, request.controls, hear
         self.cfg = self.controls.guidance(with_text=False)
         self.rows = len(request.seeds)
         self.device = next(model.parameters()).device
@@ -121,7 +133,14 @@ class FrameLoop:
         place = None
         if request.place is not None:
             place = torch.full((prefix.shape[0],), float(request.place), device=self.device)
+        _check_length(request, model.config.max_frames)
         self.h, self.cache = model.start(prefix, mask, context, place)
+        self.held = 0 if context is None else context.latents.shape[1]
+        """Frames that the cache has."""
+        self.window = None if request.sink_frames is None else model.config.max_frames
+        """As many as it may have; None: all."""
+        self.sinks = self.cache.positions[:, 0] - self.held + (request.sink_frames or 0)
+        """First positions of every row that are never forgotten: the prefix, and frames."""
         self.recent = torch.zeros(self.rows, model.config.output_codebooks, 0, dtype=torch.int64, device=self.device)
         """Codes (B, K, W) that a penalty on repetition looks at."""
         if context is not None:
@@ -170,7 +189,24 @@ class FrameLoop:
     def advance(self, frame: Drawn) -> None:
         """Take in the frame that was drawn."""
         codes, latents, features = self.take(frame)
+        if self.full:
+            self.cache = self.cache.forget(self.sinks, self.make_room(), self.model.decoder.rotation)
         self.h, self.cache = self.model.step(codes, latents, features, self.cache)
+        self.held += 1
+
+    @property
+    def full(self) -> bool:
+        """Whether frames have to be forgotten before another is taken in."""
+        return self.window is not None and self.held >= self.window
+
+    def make_room(self) -> Int[Tensor, " R"]:
+        """Positions of every row of the cache that fall out now, after its `sinks`: none unless it is `full`."""
+        gone = 0
+        if self.full:
+            assert self.window is not None and self.request.sink_frames is not None
+            gone = self.held - self.window + max(1, (self.window - self.request.sink_frames) // FORGOTTEN_SHARE)
+        self.held -= gone
+        return torch.full_like(self.sinks, gone)
 
     def take(self, frame: Drawn) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """What the model's step gets of a frame that was drawn: codes, latents, features of all rows of the cache."""
@@ -210,6 +246,17 @@ def _prefixes(request: Request, guided: bool, device: torch.device) -> tuple[Ten
     prefix = torch.tensor([[0] * (length - len(line)) + line for line in lines], device=device)
     mask = torch.tensor([[False] * (length - len(line)) + [True] * len(line) for line in lines], device=device)
     return prefix, mask
+
+
+def _check_length(request: Request, longest: int) -> None:
+    sinks, frames = request.sink_frames, request.limits.maximum
+    if sinks is None and frames > longest:
+        raise UserError(
+            f"{frames} frames are more than max_frames={longest}, the model's longest sequence; give sink_frames (4, "
+            "say), and the oldest frames are forgotten"
+        )
+    if sinks is not None and not 0 <= sinks < longest:
+        raise UserError(f"sink_frames={sinks} must be at least 0 and below max_frames={longest}")
 
 
 def _context(request: Request, rows: int) -> AudioFrames | None:

@@ -64,6 +64,7 @@ class _Facts:
     context_frames: int
     seed: int
     controls: Controls
+    sink_frames: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,6 +108,7 @@ class Plan:
             context_frames=request.context_frames,
             seed=request.seeds[0],
             controls=request.controls,
+            sink_frames=request.sink_frames,
         )
         tensors = {"codes": self.codes.to(torch.int32), "lengths": self.lengths}
         if request.prompt is not None:
@@ -195,6 +197,7 @@ def _plan(tensors: Mapping[str, Tensor], facts_json: Any, path: Path) -> Plan:
         controls=facts.controls,
         reference=facts.reference,
         place=facts.place,
+        sink_frames=facts.sink_frames,
     )
     return Plan(
         codes=codes,

@@ -155,7 +155,15 @@ class Scheduler:
 
         codes, latents, features = (together(parts) for parts in zip(*taken, strict=True))
         assert self._cache is not None
+        loops = [one.loop for one in self._running]
+        if any(loop.full for loop in loops):
+            sinks, dropped = (
+                torch.cat(parts) for parts in zip(*((x.sinks, x.make_room()) for x in loops), strict=True)
+            )
+            self._cache = self._cache.forget(sinks, dropped, self.model.decoder.rotation)
         h, self._cache = self.model.step(codes, latents, features, self._cache)
+        for loop in loops:
+            loop.held += 1
         for one, own in zip(self._running, h.split([len(one.loop.h) for one in self._running]), strict=True):
             one.loop.h = own
 
