@@ -38,6 +38,8 @@ class KeyValueCache:
     """(B, capacity) bool, False for padding; None when no row has padding."""
     first_layer: int = 0
     """Number of the layer that `keys[0]` is of."""
+    turns: tuple[Tensor, Tensor] | None = None
+    """Cosines and sines (capacity, E) of the positions, from the first."""
 
     @classmethod
     def empty(cls, first_layer: int = 0) -> KeyValueCache:
@@ -90,6 +92,15 @@ class KeyValueCache:
         self.values[layer][:, :, self.length : end] = values
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
+    def rotation(self, x: Tensor, positions: Int[Tensor, "B L"], rotation: Rotation) -> tuple[Tensor, Tensor]:
+        """What `rotation` gives for the next positions, looked up: no row has more of them than there are columns."""
+        end = self.length + positions.shape[1]
+        if self.turns is None or len(self.turns[0]) < end:
+            every = torch.arange(_capacity(end), device=positions.device)[None]
+            cosines, sines = rotation(x, every)
+            self.turns = cosines[0, 0], sines[0, 0]
+        return self.turns[0][positions][:, None], self.turns[1][positions][:, None]
+
     def extend_mask(self, key_mask: Bool[Tensor, "B L"] | None, length: int) -> Bool[Tensor, "B capacity"]:
         """Record the padding of `length` further columns, and return the mask of all columns.
 
@@ -118,6 +129,7 @@ class KeyValueCache:
             length=self.length,
             key_mask=None if self.key_mask is None else self.key_mask[rows],
             first_layer=self.first_layer,
+            turns=self.turns,
         )
 
     def compact(self) -> KeyValueCache:

@@ -210,7 +210,7 @@ class Decoder(nn.Module):
         x, alignment = self.run(
             range(len(self.layers)),
             x,
-            self.rotation(x, positions),
+            self.rotation(x, positions) if cache is None else cache.rotation(x, positions, self.rotation),
             self.visible(x, key_mask, cache),
             cache=cache,
             text=text,

@@ -288,6 +288,7 @@ class HybridLM(nn.Module):
         if reading is not None:
             page = reading.page
             page.place = reading.arrived[rows, lengths]
+            page.blank = not bool(page.mask.any())
         positions = key_mask.sum(dim=1, keepdim=True)
         return h, ModelCache(attention=cache, positions=positions, recent=recent, page=page, slices=slices)
 

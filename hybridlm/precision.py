@@ -3,9 +3,10 @@
 One frame at batch 1 reads every matrix once, so its time is that of reading them. Three ways on a CPU, by kernels of
 PyTorch's own:
 
-- fp32: in oneDNN's blocks, which are read faster than rows, and by far where there are a few rows of input; the values
-  are the same, and results differ in the last bits.
-- bf16: the same in half the bytes, where the processor multiplies bf16.
+- fp32: columns instead of rows, which are read faster; large matrices in oneDNN's blocks, which are so by far where
+  there are a few rows of input, but whose calls cost some 15 us. The values are the same, results differ in the last
+  bits.
+- bf16: oneDNN's blocks in half the bytes, where the processor multiplies bf16.
 - int8: the backbone's and the depth decoder's matrices as one byte a weight with a scale per output. Inputs stay bf16:
   quantizing them too is faster for large models, but a row's scale would depend on its batch.
 
@@ -19,8 +20,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, cast, get_args
 
 import torch
 from jaxtyping import Float
@@ -35,8 +35,10 @@ Precision = Literal["fp32", "bf16", "int8"]
 AUTO = "auto"
 INT8_WIDTH = 16
 """The int8 kernel reads so many inputs at once, and past the end of a matrix whose width is no multiple."""
-NARROWEST = 8
-"""Matrices with fewer outputs stay as they are: there is nothing to gain."""
+BLOCKED_FROM = 1_000_000
+"""Weights from which a matrix is read from blocks at fp32."""
+ROUNDED_FROM = 32_768
+"""Weights from which rounding a matrix saves more than the call costs."""
 MEASURED_WEIGHTS = 4_000_000
 """`choose` times so many of the backbone's weights."""
 WORTH = 0.9
@@ -104,8 +106,9 @@ class Int8Linear(nn.Module):
         self.packed = (weight.detach() / self.scales.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
 
     def forward(self, x: Float[Tensor, "*N K"]) -> Float[Tensor, "*N V"]:
-        rows = x.reshape(-1, x.shape[-1]).bfloat16()
-        y = torch._weight_int8pack_mm(rows, self.packed, self.scales).float().view(*x.shape[:-1], -1)
+        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        y = torch._weight_int8pack_mm(rows.bfloat16(), self.packed, self.scales).float()
+        y = y if x.dim() == 2 else y.view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
 
@@ -136,11 +139,7 @@ def _has_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
     supported = (getattr(torch.cpu, f"_is_{name}_supported", bool) for name in ("avx512_bf16", "amx_tile"))
-    return device.type == "cpu" and _has_blocks(device) and any(ask() for ask in supported)
-
-
-def _has_blocks(device: torch.device) -> bool:
-    return device.type == "cpu" and torch.backends.mkldnn.is_available()
+    return device.type == "cpu" and torch.backends.mkldnn.is_available() and any(ask() for ask in supported)
 
 
 @torch.no_grad()
@@ -164,21 +163,20 @@ def pack(model: HybridLM, precision: Precision) -> str | None:
     if adapter_names(model) and precision != "fp32":
         raise UserError(f"precision={precision} needs a model without adapters; merge first (`hybridlm merge`)")
     unfit: list[str] = []
-    for name, parent, key, linear in list(_linears(model)):
-        wanted = precision if name.startswith(("decoder.layers.", "code_head.")) else "fp32"
-        if wanted == "int8" and linear.in_features % INT8_WIDTH:
+
+    def laid_out(name: str, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        rounded = name.startswith(("decoder.layers.", "code_head.")) and weight.numel() >= ROUNDED_FROM
+        if rounded and precision == "int8" and weight.shape[1] % INT8_WIDTH:
             unfit.append(name)
-            wanted = "fp32"
-        setattr(parent, key, _packed(linear.weight, linear.bias, wanted, device) or linear)
+            rounded = False
+        return _laid_out(weight, bias, precision if rounded else "fp32", device)
+
+    for name, parent, key, linear in list(_linears(model)):
+        setattr(parent, key, laid_out(name, _dense(linear), linear.bias))
     head = model.code_head
-    if head is not None and (precision != "fp32" or _has_blocks(device)):
-        wanted = "fp32" if precision == "int8" and head.output.shape[2] % INT8_WIDTH else precision
-        outputs = [_packed(matrix, None, wanted, device) for matrix in head.output]
-        if all(outputs):
-            head.read_outs = nn.ModuleList(outputs)  # type: ignore[arg-type]
-            head.output = None  # type: ignore[assignment]
-        if wanted != precision:
-            unfit.append("code_head.output")
+    if head is not None:
+        head.read_outs = nn.ModuleList(laid_out("code_head.output", matrix, None) for matrix in head.output)
+        head.output = None  # type: ignore[assignment]
     model.requires_grad_(False)
     model.packed = precision
     if unfit:
@@ -199,37 +197,49 @@ def unpack(model: HybridLM) -> None:
         raise UserError(
             f"the model was loaded at precision={model.packed}, which was rounded; load it at fp32 for this"
         )
-    for parent in list(model.modules()):
-        for key, child in list(parent.named_children()):
-            if isinstance(child, PackedLinear) and not isinstance(parent, nn.ModuleList):
-                weight = child.dense()
-                linear = nn.Linear(weight.shape[1], weight.shape[0], bias=child.bias is not None, device="meta")
-                linear.weight, linear.bias = nn.Parameter(weight), child.bias  # type: ignore[assignment]
-                setattr(parent, key, linear)
+    for _, parent, key, child in list(_linears(model)):
+        setattr(parent, key, _linear(_dense(child), child.bias))
     head = model.code_head
     if head is not None and head.read_outs is not None:
-        head.output = nn.Parameter(torch.stack([read_out.dense() for read_out in head.read_outs]))
+        outputs = [_dense(read_out) for read_out in head.read_outs]  # type: ignore[arg-type]
+        head.output = nn.Parameter(torch.stack(outputs))
         head.read_outs = None
     model.packed = None
     model.requires_grad_(not adapter_names(model))
 
 
-def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Linear]]:
+def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Linear | PackedLinear]]:
+    """Every `nn.Linear` and what `pack` makes of one, but for the read-outs: its name, its parent, its name there."""
     for name, parent in model.named_modules():
-        if ".lora_" in name:
-            continue  # an adapter's own, which are switched and scaled
+        if ".lora_" in name or isinstance(parent, nn.ModuleList):
+            continue  # an adapter's own matrices are switched and scaled
         for key, child in parent.named_children():
-            if type(child) is nn.Linear and child.out_features >= NARROWEST:
-                yield f"{name}.{key}", parent, key, child
+            if type(child) in (nn.Linear, PackedLinear):
+                yield f"{name}.{key}", parent, key, cast("nn.Linear | PackedLinear", child)
 
 
-def _packed(weight: Tensor, bias: Tensor | None, precision: Precision, device: torch.device) -> nn.Module | None:
-    """None: fp32, and no other layout than that of `nn.Linear`."""
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """With this very storage, laid out as it is."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.detach())
+    linear.bias = None if bias is None else nn.Parameter(bias.detach())  # type: ignore[assignment]
+    return linear
+
+
+def _dense(linear: nn.Linear | PackedLinear) -> Tensor:
+    return linear.dense() if isinstance(linear, PackedLinear) else linear.weight.detach().contiguous()
+
+
+def _laid_out(weight: Tensor, bias: Tensor | None, precision: Precision, device: torch.device) -> nn.Module:
     if precision == "int8":
         return Int8Linear(weight, bias)
     if precision == "bf16":
         return PackedHalf(weight, bias) if device.type == "cpu" else RoundedLinear(weight, bias)
-    return PackedLinear(weight, bias) if _has_blocks(device) else None
+    if device.type != "cpu":
+        return _linear(weight, bias)
+    if weight.numel() >= BLOCKED_FROM and torch.backends.mkldnn.is_available():
+        return PackedLinear(weight, bias)
+    return _linear(weight.t().contiguous().t(), bias)
 
 
 _chosen: dict[tuple[object, ...], Chosen] = {}
@@ -254,7 +264,7 @@ def _measure(model: HybridLM, device: torch.device) -> Chosen:
     weights: list[Tensor] = []
     for _, _, _, linear in _linears(model.decoder):
         if sum(weight.numel() for weight in weights) < MEASURED_WEIGHTS:
-            weights.append(linear.weight)
+            weights.append(_dense(linear))
     seconds: dict[Precision, float] = {}
     for precision in get_args(Precision):
         try:
@@ -263,8 +273,7 @@ def _measure(model: HybridLM, device: torch.device) -> Chosen:
             continue
         if precision == "int8" and any(weight.shape[1] % INT8_WIDTH for weight in weights):
             continue
-        found = [_packed(weight, None, precision, device) for weight in weights]
-        products = [one or partial(F.linear, weight=weight) for one, weight in zip(found, weights, strict=True)]
+        products = [_laid_out(weight, None, precision, device) for weight in weights]
         inputs = [torch.randn(1, 1, weight.shape[1], device=device) for weight in weights]
         seconds[precision] = min(_time(products, inputs, device) for _ in range(5))
     best: Precision = "fp32"

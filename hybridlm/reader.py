@@ -48,6 +48,8 @@ class Page:
     """True for pieces of text that may be seen."""
     place: Float[Tensor, " B"]
     """Reached by the state before."""
+    blank: bool = False
+    """Whether no row has any text: there is nothing to read, and no place to be at."""
 
     def select(self, rows: Int[Tensor, " R"]) -> Page:
         """A new page with these rows, in this order, repeats allowed."""
@@ -57,6 +59,7 @@ class Page:
             numbers=self.numbers[rows],
             mask=self.mask[rows],
             place=self.place[rows],
+            blank=self.blank,
         )
 
     @classmethod
@@ -74,6 +77,7 @@ class Page:
             numbers=joined([page.numbers for page in pages], 1),
             mask=joined([page.mask for page in pages], 1),
             place=torch.cat([page.place for page in pages]),
+            blank=all(page.blank for page in pages),
         )
 
 
@@ -235,7 +239,7 @@ class Reading:
 
     def __call__(self, layer: int, x: Float[Tensor, "B N C"]) -> Float[Tensor, "B N C"]:
         """Add what the states from `first_column` on read to them."""
-        if layer < self.reader.first_layer:
+        if layer < self.reader.first_layer or (self.page.blank and self.guide is None):
             return x
         states, glance = x[:, self.first_column :], self.reader.glances[layer - self.reader.first_layer]
         before = self.guide.before if self.guide else self.page.place[:, None].expand(states.shape[:2])
@@ -249,7 +253,7 @@ class Reading:
     @property
     def arrived(self) -> Float[Tensor, "B L"]:
         """The place after each state."""
-        return self.places[-1]
+        return self.places[-1] if self.places else self.page.place[:, None]
 
 
 def place_loss(places: list[Float[Tensor, "B L"]], guide: Guide, lengths: Int[Tensor, " B"]) -> Float[Tensor, " B"]:

@@ -10,8 +10,9 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tokenizer.errors import UserError
@@ -122,15 +123,31 @@ def restrict(logits: Float[Tensor, "*B V"], controls: Controls) -> Float[Tensor,
         kept = logits.topk(controls.top_k, dim=-1).indices
         logits = torch.full_like(logits, -math.inf).scatter(-1, kept, logits.gather(-1, kept))
     if controls.top_p is not None and controls.top_p < 1:
-        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-        probability = ordered.softmax(-1)
-        before = probability.cumsum(-1) - probability  # mass of the likelier choices: 0 for the first, which stays
-        ordered = ordered.masked_fill(before >= controls.top_p, -math.inf)
-        logits = torch.empty_like(logits).scatter(-1, order, ordered)
+        logits = _nucleus(logits, controls.top_p)
     if controls.min_p:
         least = logits.amax(dim=-1, keepdim=True) + math.log(controls.min_p)
         logits = logits.masked_fill(logits < least, -math.inf)
     return logits
+
+
+def _nucleus(logits: Float[Tensor, "*B V"], top_p: float) -> Float[Tensor, "*B V"]:
+    """Keep the smallest set that reaches top_p."""
+    if logits.device.type == "cpu":
+        # NumPy sorts values in a twentieth of the time that PyTorch takes for values and their places.
+        values = torch.from_numpy(np.sort(logits.detach().numpy(), axis=-1)).flip(-1)
+        count = _reaching(values, top_p).sum(dim=-1, keepdim=True)
+        kept = logits >= values.gather(-1, count - 1)
+        if torch.equal(kept.sum(dim=-1, keepdim=True), count):  # no equals at the border
+            return logits.masked_fill(~kept, -math.inf)
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    ordered = ordered.masked_fill(~_reaching(ordered, top_p), -math.inf)
+    return torch.empty_like(logits).scatter(-1, order, ordered)
+
+
+def _reaching(ordered: Float[Tensor, "*B V"], top_p: float) -> Bool[Tensor, "*B V"]:
+    """Which of the choices, the likeliest first, it takes to reach top_p: always the first."""
+    probability = ordered.softmax(-1)
+    return probability.cumsum(-1) - probability < top_p
 
 
 def penalize(logits: Float[Tensor, "B V"], recent: Int[Tensor, "B W"], controls: Controls) -> Float[Tensor, "B V"]:

@@ -99,3 +99,17 @@ def test_bad_values_are_told(setting: dict[str, float], message: str) -> None:
 def test_latents_follow_the_temperature_unless_told_otherwise() -> None:
     assert Controls(temperature=0.5).latent_variance_scale == 0.5
     assert Controls(temperature=0.5, latent_temperature=0.9).latent_variance_scale == 0.9
+
+
+def test_top_p_is_that_of_a_stable_sort() -> None:
+    """Of many values, with equals at the border and excluded ones among them."""
+    generator = torch.Generator().manual_seed(0)
+    for number in range(20):
+        logits = torch.randn(3, 500, generator=generator) * 3
+        logits = logits.round() if number % 2 else logits
+        logits[:, number::7] = -torch.inf
+        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+        probability = ordered.softmax(-1)
+        ordered[probability.cumsum(-1) - probability >= 0.9] = -torch.inf
+        expected = torch.empty_like(logits).scatter(-1, order, ordered)
+        assert torch.equal(restrict(logits, Controls(temperature=1.0, top_p=0.9)), expected)
