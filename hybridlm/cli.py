@@ -108,6 +108,7 @@ def generate(
         typer.Option(metavar="FILE", help="Keep the drawn codes here (.safetensors), for 'hybridlm render'."),
     ] = None,
     precision: PrecisionOption = "fp32",
+    compile: Annotated[bool, typer.Option("--compile", help="Compile a frame's step first; pays on GPUs.")] = False,
 ) -> None:
     """Make audio from text, from tags, from a recording to continue, or from nothing."""
     from sampling.files import run
@@ -140,6 +141,7 @@ def generate(
         output=output,
         save_plan=save_plan,
         precision=precision or "fp32",
+        compile=compile,
     )
 
 

@@ -75,8 +75,18 @@ class CodeHead(nn.Module):
         self.output = nn.Parameter(torch.empty(self.num_codebooks, config.codebook_size, config.depth_dim))
         self.read_outs: nn.ModuleList | None = None
         """The same matrices, each packed by itself (`hybridlm.precision`); then there is no `output`."""
+        self.compiled: tuple[int, Callable[[Tensor], Tensor]] | None = None
+        """`network`, compiled for so many rows (`hybridlm.compiling`)."""
         # Small outputs: the first prediction is nearly uniform.
         nn.init.normal_(self.output, std=INIT_STD)
+
+    def network(self, x: Tensor) -> Tensor:
+        """What the read-outs read, of the inputs."""
+        return self.norm(self.layers(x))
+
+    def step_network(self, rows: int) -> Callable[[Tensor], Tensor]:
+        """`network`, compiled where it is for so many rows."""
+        return self.compiled[1] if self.compiled is not None and self.compiled[0] == rows else self.network
 
     def logits(self, h: Float[Tensor, "N C"], codes: Int[Tensor, "N K"]) -> Float[Tensor, "K N V"]:
         """Logits of all codebooks, each given the codes before it; the codebook comes first."""
@@ -84,7 +94,7 @@ class CodeHead(nn.Module):
         if self.codes is not None:
             before = F.pad(self.embedding(codes[:, :-1]).cumsum(dim=1), (0, 0, 1, 0))  # (N, K, E), zero for k = 0
             x = x + self.codes(before.transpose(0, 1))
-        y = self.norm(self.layers(x))
+        y = self.network(x)
         if self.read_outs is not None:
             return torch.stack([read_out(one) for read_out, one in zip(self.read_outs, y, strict=True)])
         # (K, N, depth) @ (K, depth, V): one batched product, each codebook with its own matrix
@@ -125,9 +135,10 @@ class CodeHead(nn.Module):
         uniforms = row_uniforms(generators, self.num_codebooks, h.device)
         guided = unconditional is not None and cfg != 1.0
         x = self.state(torch.cat([h, unconditional]) if guided and unconditional is not None else h)
+        network = self.step_network(len(x))
         drawn: list[Tensor] = []
         for k in range(self.num_codebooks):
-            y = self.norm(self.layers(x + self.position[k]))
+            y = network(x + self.position[k])
             logits = (F.linear(y, self.output[k]) if self.read_outs is None else self.read_outs[k](y)).float()
             if guided:
                 conditional, free = logits.log_softmax(dim=-1).split(rows)

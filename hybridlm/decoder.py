@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -54,14 +54,8 @@ class Attention(nn.Module):
         self.written_out_in_half = True
         """On a CPU, in training; False where a CPU stands in for a GPU."""
 
-    def forward(
-        self,
-        x: Tensor,
-        rotation: tuple[Tensor, Tensor],
-        mask: Tensor | None,
-        cache: KeyValueCache | None,
-        text: TextKeys | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    def project(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, H, L, E), keys and values (B, G, L, E) of normalized inputs."""
         batch, length, _ = x.shape
         heads = self.qkv(x).view(batch, length, -1, self.head_dim).transpose(1, 2)  # (B, H + 2G, L, E)
         turned, v = heads.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
@@ -69,13 +63,24 @@ class Attention(nn.Module):
             q, k = turned.split([self.num_heads, self.num_kv_heads], dim=1)
             turned = torch.cat([self.q_norm(q), self.k_norm(k)], dim=1).to(v.dtype)
         q, k = rotate(turned, *rotation).split([self.num_heads, self.num_kv_heads], dim=1)
+        return q, k, v
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        cache: KeyValueCache | None,
+        text: TextKeys | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the heads see (B, L, H * E), before `out`; and the alignment."""
         alignment = None
         if text is not None and self.alignment_heads:
             alignment = self._alignment(q, k, text)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        y = self._attend(q, k, v, mask)  # (B, L, H * E)
-        return self.out(y), alignment
+        return self._attend(q, k, v, mask), alignment
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         batch, num_heads, length, head_dim = q.shape
@@ -134,6 +139,17 @@ class DecoderLayer(nn.Module):
         self.mlp_norm = nn.RMSNorm(config.hidden_dim, eps=config.norm_epsilon)
         self.mlp = SwiGLU(config.hidden_dim, config.ffn_dim)
         self.dropout = config.dropout
+        self.compiled: tuple[int, Callable[..., Any], Callable[..., Any]] | None = None
+        """`before` and `after` attention, compiled for one position of so many rows (`hybridlm.compiling`)."""
+
+    def before(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of the residual stream."""
+        return self.attention.project(self.attention_norm(x), rotation)
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        """The residual stream after it has taken in what the heads see."""
+        x = x + self._drop(self.attention.out(y))
+        return x + self._drop(self.mlp(self.mlp_norm(x)))
 
     def forward(
         self,
@@ -143,9 +159,11 @@ class DecoderLayer(nn.Module):
         cache: KeyValueCache | None,
         text: TextKeys | None,
     ) -> tuple[Tensor, Tensor | None]:
-        y, alignment = self.attention(self.attention_norm(x), rotation, mask, cache, text)
-        x = x + self._drop(y)
-        return x + self._drop(self.mlp(self.mlp_norm(x))), alignment
+        before, after = self.before, self.after
+        if self.compiled is not None and x.shape[:2] == (self.compiled[0], 1):
+            _, before, after = self.compiled
+        y, alignment = self.attention(*before(x, rotation), mask, cache, text)
+        return after(x, y), alignment
 
     def _drop(self, y: Tensor) -> Tensor:
         return F.dropout(y, self.dropout) if self.training and self.dropout else y

@@ -83,7 +83,7 @@ class PackedHalf(PackedLinear):
 
 
 class RoundedLinear(nn.Module):
-    """y = x W^T + b with W in bf16, on a GPU."""
+    """y = x W^T + b with W in bf16, without blocks: on a GPU, or for a compiler."""
 
     def __init__(self, weight: Float[Tensor, "V K"], bias: Float[Tensor, " V"] | None) -> None:
         super().__init__()
@@ -143,12 +143,13 @@ def _has_bf16(device: torch.device) -> bool:
 
 
 @torch.no_grad()
-def pack(model: HybridLM, precision: Precision) -> str | None:
+def pack(model: HybridLM, precision: Precision, *, blocks: bool = True) -> str | None:
     """Lay the model's matrices out, in place; see the module's text.
 
     Args:
         model: In evaluation mode, where it is to stay.
         precision: Of the backbone and the depth decoder; everything else is fp32.
+        blocks: Whether oneDNN's blocks may be used, which a compiler can't read.
 
     Returns:
         What stayed at fp32 that should not have, in words; None for nothing.
@@ -169,7 +170,7 @@ def pack(model: HybridLM, precision: Precision) -> str | None:
         if rounded and precision == "int8" and weight.shape[1] % INT8_WIDTH:
             unfit.append(name)
             rounded = False
-        return _laid_out(weight, bias, precision if rounded else "fp32", device)
+        return _laid_out(weight, bias, precision if rounded else "fp32", device, blocks)
 
     for name, parent, key, linear in list(_linears(model)):
         setattr(parent, key, laid_out(name, _dense(linear), linear.bias))
@@ -230,14 +231,16 @@ def _dense(linear: nn.Linear | PackedLinear) -> Tensor:
     return linear.dense() if isinstance(linear, PackedLinear) else linear.weight.detach().contiguous()
 
 
-def _laid_out(weight: Tensor, bias: Tensor | None, precision: Precision, device: torch.device) -> nn.Module:
+def _laid_out(
+    weight: Tensor, bias: Tensor | None, precision: Precision, device: torch.device, blocks: bool = True
+) -> nn.Module:
     if precision == "int8":
         return Int8Linear(weight, bias)
     if precision == "bf16":
-        return PackedHalf(weight, bias) if device.type == "cpu" else RoundedLinear(weight, bias)
+        return PackedHalf(weight, bias) if device.type == "cpu" and blocks else RoundedLinear(weight, bias)
     if device.type != "cpu":
         return _linear(weight, bias)
-    if weight.numel() >= BLOCKED_FROM and torch.backends.mkldnn.is_available():
+    if blocks and weight.numel() >= BLOCKED_FROM and torch.backends.mkldnn.is_available():
         return PackedLinear(weight, bias)
     return _linear(weight.t().contiguous().t(), bias)
 

@@ -44,6 +44,7 @@ def run(
     output: str | Path = "output.wav",
     save_plan: str | Path | None = None,
     precision: str = "fp32",
+    compile: bool = False,
     **changes: float | int | None,
 ) -> list[Path]:
     """`hybridlm generate`: make `num_samples` recordings, write them and print one line for each.
@@ -63,6 +64,7 @@ def run(
         output: WAV or FLAC; several become NAME-1.wav, NAME-2.wav, ...
         save_plan: Where what `hybridlm render` reads goes, all recordings in one file; None for nowhere.
         precision: Of the weights (`AudioModel.pack`).
+        compile: Compile a frame's step first, which pays for long recordings only.
         changes: Fields of `Controls`; None for the default.
 
     Returns:
@@ -79,7 +81,9 @@ def run(
     if save_plan is not None:
         check_writable(check_name(Path(save_plan)))
     seed = secrets.randbelow(2**31) if seed is None else seed
-    audio_model = load(model, device=device, adapter=adapter, precision=precision)
+    guided = controls.guidance(with_text=text is not None) != 1
+    rows = num_samples * (2 if guided else 1) if compile else 0
+    audio_model = load(model, device=device, adapter=adapter, precision=precision, compile_rows=rows)
     for line in audio_model.told:
         print(line)
     began = time.perf_counter()

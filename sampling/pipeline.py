@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hybridlm.adapter import Base, adapter_names, load_adapter, use_adapter
 from hybridlm.checkpoint import load_model, resolve
+from hybridlm.compiling import compile_step
 from hybridlm.config import ModelConfig
 from hybridlm.folder import fingerprint
 from hybridlm.model import HybridLM
@@ -119,11 +120,13 @@ class AudioModel:
         """What the audio is decoded from: latents, unless the model makes codes only."""
         return "latents" if self.model.config.predicts_latents else "codes"
 
-    def pack(self, precision: str) -> None:
+    def pack(self, precision: str, compile_rows: int = 0) -> None:
         """Lay the weights out for drawing (`hybridlm.precision`), after which they can't be trained.
 
         Args:
             precision: "fp32", "bf16", "int8", or "auto" for what a short measurement finds fastest here.
+            compile_rows: Also compile a frame's step for so many rows (`hybridlm.compiling`), a guided recording being
+                two; 0: do not.
 
         Raises:
             UserError: another precision, or one that the device can't do.
@@ -133,9 +136,11 @@ class AudioModel:
         if precision == AUTO:
             chosen = choose(self.model)
             precision, self.told = chosen.precision, (chosen.reason,)
-        unfit = pack(self.model, cast(Precision, precision))
+        unfit = pack(self.model, cast(Precision, precision), blocks=not compile_rows)
         self.told += () if unfit is None else (f"precision {precision}: {unfit}",)
-        self._fingerprint = found if self.model.packed is not None else None
+        self._fingerprint = found
+        if compile_rows:
+            self.told += (compile_step(self.model, compile_rows),)
 
     def _weights(self) -> str:
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.model.state_dict().items()}
@@ -434,6 +439,7 @@ def load(
     device: str = "cpu",
     adapter: str | Path | Mapping[str, str | Path] | None = None,
     precision: str = "fp32",
+    compile_rows: int = 0,
 ) -> AudioModel:
     """Load a model that generates.
 
@@ -446,6 +452,7 @@ def load(
         precision: Of the backbone's and the depth decoder's weights, "fp32", "bf16", "int8" or "auto"
             (`AudioModel.pack`). The packed weights are for drawing; `hybridlm.checkpoint.load_model` gives those that
             can be trained.
+        compile_rows: Rows of the step to compile it for (`AudioModel.pack`); 0: it is not compiled.
 
     Raises:
         UserError: when there is no such model or device, a folder is damaged, an adapter is of another model, or the
@@ -458,7 +465,7 @@ def load(
         model.add_adapter(folder, name)
     if several:
         model.use_adapter(next(iter(several)))
-    model.pack(precision)
+    model.pack(precision, compile_rows)
     return model
 
 

@@ -38,7 +38,7 @@ CONTRACT = {
         *("--latent-temperature", "--latent-steps"),
         *("--top-k", "--top-p", "--min-p", "--repetition-penalty", "--repetition-window", "--cfg"),
         *("--stop-threshold", "--min-duration", "--loudness", "--device", "--output", "--save-plan"),
-        "--precision",
+        *("--precision", "--compile"),
     },
     "render": {
         *("plan", "--model", "--seed", "--latent-temperature", "--latent-steps", "--edit", "--device", "--output"),
