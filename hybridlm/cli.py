@@ -188,6 +188,31 @@ def render(
 
 
 @app.command()
+def bench(
+    model: ModelOption = "box",
+    precision: PrecisionOption = None,
+    compile: Annotated[bool, typer.Option("--compile", help="Also compile the step of one recording.")] = False,
+    duration: Annotated[float, typer.Option(metavar="SECONDS", help="Of audio a run.")] = 4.0,
+    repeats: Annotated[int, typer.Option(metavar="N", help="Runs of each row.")] = 3,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; CUDA where there is one if not given.")] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Measure how fast a model generates on this machine, and say what is on and what fell back."""
+    from sampling.bench import run
+    from tokenizer.loading import resolve_device
+
+    run(
+        model=model,
+        precision=precision,
+        compile=compile,
+        duration=duration,
+        repeats=repeats,
+        device=str(resolve_device(device)),
+        json_file=json_file,
+    )
+
+
+@app.command()
 def reconstruct(
     input: Annotated[Path, typer.Argument(metavar="IN", help="A recording.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="WAV or FLAC.")],

@@ -44,6 +44,7 @@ CONTRACT = {
         *("plan", "--model", "--seed", "--latent-temperature", "--latent-steps", "--edit", "--device", "--output"),
         "--precision",
     },
+    "bench": {"--model", "--precision", "--compile", "--duration", "--repeats", "--device", "--json"},
     "reconstruct": {"input", "output", "--tokenizer", "--from", "--num-codebooks", "--json"},
     "enhance": {"input", "output", "--model", "--phase", "--device", "--json"},
     "prepare": {"source", "--output", "--tokenizer", "--workers", "--audio", "--sample-rate", "--split"},
