@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from hybridlm.decoder import DecoderLayer
-from hybridlm.model import HybridLM, ModelCache
+from hybridlm.model import HybridLM
+from hybridlm.model_cache import ModelCache
 
 TOLERANCE = 1e-2
 """Relative to the largest state: rounded weights bear less than exact ones."""

@@ -11,8 +11,6 @@ Shapes: B batch, P prefix, T frames, L = T + 1 states, K codebooks, V codebook s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -21,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hybridlm.alignment import alignment_loss
-from hybridlm.cache import KeyValueCache, Rotation
+from hybridlm.cache import KeyValueCache
 from hybridlm.code_head import CodeHead
 from hybridlm.config import ModelConfig
 from hybridlm.decoder import INIT_STD, Decoder, TextKeys
@@ -29,61 +27,11 @@ from hybridlm.flow_head import FlowHead
 from hybridlm.frame_nll import FrameNLL
 from hybridlm.fusion import CodeEmbedding, FrameFusion, FrameStatistics, ShortContext, history_noise
 from hybridlm.latent_head import GaussianMixture, LatentHead
-from hybridlm.reader import Guide, Page, Reading, TextReader, place_loss
+from hybridlm.model_cache import ModelCache
+from hybridlm.reader import Guide, Reading, TextReader, place_loss
 from hybridlm.walk import Walk, walk
 from tokenizer.frames import AudioFrames
 from tokenizer.transformer import TransformerState
-
-
-@dataclass(kw_only=True, slots=True)
-class ModelCache:
-    """What generation remembers of its past; `HybridLM.step` extends it in place."""
-
-    attention: KeyValueCache
-    positions: Int[Tensor, "B 1"]
-    """Of the next frame."""
-    recent: Float[Tensor, "B w D"] | None
-    """The last latents (normalized), for the short path."""
-    page: Page | None = None
-    """The text and the place in it, of a model with a reader."""
-    slices: TransformerState | None = None
-    """What the layers over the continuous input remember, of a model that has such."""
-
-    def select(self, rows: Int[Tensor, " R"]) -> ModelCache:
-        """A new cache with these rows, in this order, repeats allowed."""
-        return ModelCache(
-            attention=self.attention.select(rows),
-            positions=self.positions[rows],
-            recent=None if self.recent is None else self.recent[rows],
-            page=None if self.page is None else self.page.select(rows),
-            slices=None if self.slices is None else self.slices.select(rows),
-        )
-
-    @classmethod
-    def join(cls, caches: Sequence[ModelCache]) -> ModelCache:
-        """The rows of all in one cache, in order, whatever they have seen so far."""
-        first = caches[0]
-        return cls(
-            attention=KeyValueCache.join([cache.attention for cache in caches]),
-            positions=torch.cat([cache.positions for cache in caches]),
-            recent=None if first.recent is None else torch.cat([c.recent for c in caches if c.recent is not None]),
-            page=None if first.page is None else Page.join([c.page for c in caches if c.page is not None]),
-            slices=None
-            if first.slices is None
-            else TransformerState.join([c.slices for c in caches if c.slices is not None]),
-        )
-
-    def compact(self) -> ModelCache:
-        """The same, without the columns that only rows which have left had use for."""
-        return replace(self, attention=self.attention.compact())
-
-    def forget(self, sinks: Int[Tensor, " B"], dropped: Int[Tensor, " B"], rotation: Rotation) -> ModelCache:
-        """A new cache that has never seen the `dropped` positions after the first `sinks` of each row."""
-        return replace(
-            self,
-            attention=self.attention.forget(sinks, dropped, rotation),
-            positions=self.positions - dropped[:, None],
-        )
 
 
 class HybridLM(nn.Module):

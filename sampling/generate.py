@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -104,15 +105,20 @@ def generate_frames(model: HybridLM, request: Request, hear: Hear | None = None)
 
     Yields:
         At least one frame; the first one is active in every row.
+
+    Raises:
+        UserError: more frames than the model's longest sequence without `sink_frames`, or more than memory holds.
     """
-    loop = FrameLoop(model, request, hear)
+    with _memory_told(model, request):
+        loop = FrameLoop(model, request, hear)
     for index in range(request.limits.maximum):
         frame = loop.draw(may_stop=index >= max(1, request.limits.minimum))
         if frame is None:
             return
         yield frame
         if index + 1 < request.limits.maximum:
-            loop.advance(frame)
+            with _memory_told(model, request):
+                loop.advance(frame)
 
 
 class FrameLoop:
@@ -124,7 +130,7 @@ class FrameLoop:
         self.cfg = self.controls.guidance(with_text=False)
         self.rows = len(request.seeds)
         self.device = next(model.parameters()).device
-        self.guided = self.cfg != 1.0 and list(request.prefix) != list(request.unconditional)
+        self.guided = _guided(request)
         # On the CPU, so that a seed means the same on every device.
         self.generators = [torch.Generator().manual_seed(seed) for seed in request.seeds]
         self.active = torch.ones(self.rows, dtype=torch.bool, device=self.device)
@@ -237,6 +243,11 @@ class FrameLoop:
         return torch.cat([x, x]) if self.guided and x is not None else x
 
 
+def _guided(request: Request) -> bool:
+    """Whether every row has another without its condition."""
+    return request.controls.guidance(with_text=False) != 1.0 and list(request.prefix) != list(request.unconditional)
+
+
 def _prefixes(request: Request, guided: bool, device: torch.device) -> tuple[Tensor, Tensor]:
     """Left-padded prefixes (B or 2B, P) and their mask."""
     lines = [list(request.prefix)] * len(request.seeds)
@@ -246,6 +257,26 @@ def _prefixes(request: Request, guided: bool, device: torch.device) -> tuple[Ten
     prefix = torch.tensor([[0] * (length - len(line)) + line for line in lines], device=device)
     mask = torch.tensor([[False] * (length - len(line)) + [True] * len(line) for line in lines], device=device)
     return prefix, mask
+
+
+@contextmanager
+def _memory_told(model: HybridLM, request: Request) -> Iterator[None]:
+    """Raises:
+    UserError: where the allocator says that memory is out.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        config, rows, frames = model.config, len(request.seeds), request.limits.maximum
+        frames = frames if request.sink_frames is None else min(frames, config.max_frames)
+        columns = (2 if _guided(request) else 1) * rows * (frames + len(request.prefix))
+        held = columns * config.num_layers * 2 * config.num_kv_heads * config.head_dim * 4
+        raise UserError(
+            f"memory is out: {frames} frames x {rows} at once hold {held / 2**30:.2g} GiB of keys and values beside "
+            "the weights; ask for fewer at once, for less, or give sink_frames"
+        ) from error
 
 
 def _check_length(request: Request, longest: int) -> None:

@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hybridlm.model import HybridLM, ModelCache
+from hybridlm.model import HybridLM
+from hybridlm.model_cache import ModelCache
 from sampling.generate import Drawn, FrameLoop, Hear, Request
 
 

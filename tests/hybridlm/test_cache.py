@@ -7,7 +7,8 @@ import torch
 
 from hybridlm.cache import KeyValueCache
 from hybridlm.decoder import Decoder
-from hybridlm.model import HybridLM, ModelCache
+from hybridlm.model import HybridLM
+from hybridlm.model_cache import ModelCache
 from tests.support.tiny_frames import VARIANTS, select, tiny_config, tiny_frames, tiny_model, tiny_prefix
 
 

@@ -7,6 +7,7 @@ from sampling.controls import Controls
 from sampling.generate import Limits, Request, generate_frames
 from sampling.pipeline import AudioModel
 from tests.support.tiny_audio_model import tiny_model
+from tokenizer.errors import UserError
 from tokenizer.frames import AudioFrames
 
 REPRESENTATIONS = ("discrete", "continuous", "hybrid")
@@ -203,3 +204,22 @@ def test_only_the_last_frames_of_a_long_prompt_are_looked_at() -> None:
         drawn(model, request(model, frames=4, prompt=prompt, context_frames=4)).codes,
         drawn(model, request(model, frames=4, prompt=last)).codes,
     )
+
+
+@pytest.mark.parametrize("method", ["start", "step"])
+def test_memory_that_is_out_is_told_in_a_line(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*given: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
+
+    model = tiny_model()
+    asked = request(model, frames=200, seeds=(1, 2, 3), controls=Controls(cfg=2.0))
+    monkeypatch.setattr(model.model, method, fail)
+    with pytest.raises(UserError, match=r"memory is out: 200 frames x 3 at once hold 0.00043 GiB.*; ask for fewer"):
+        list(generate_frames(model.model, asked))
+
+    def other(*given: object) -> None:
+        raise RuntimeError("shapes")
+
+    monkeypatch.setattr(model.model, method, other)
+    with pytest.raises(RuntimeError, match="shapes"):
+        list(generate_frames(model.model, asked))
