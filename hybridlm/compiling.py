@@ -15,7 +15,6 @@ from torch import Tensor
 
 from hybridlm.decoder import DecoderLayer
 from hybridlm.model import HybridLM
-from hybridlm.model_cache import ModelCache
 
 TOLERANCE = 1e-2
 """Relative to the largest state: rounded weights bear less than exact ones."""
@@ -91,21 +90,13 @@ def _trial(model: HybridLM, rows: int) -> tuple[Tensor, float]:
         latents = torch.randn(rows, 1, config.latent_dim, generator=generator).to(device)
         features = torch.randn(rows, 1, config.feature_dim, generator=generator).to(device)
         began = time.perf_counter()
-        h, cache = _step(model, codes, latents, features, cache)
+        h, cache = model.step(codes, latents, features, cache)
         results.append(h)
         if model.code_head is not None:
             network = model.code_head.step_network(rows)
             for _ in range(config.output_codebooks):
-                results.append(network(model.code_head.state(h)))
+                results.append(network(model.code_head.state(h)).clone())  # the next call may write over it
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - began)
     return torch.cat([one.flatten().float() for one in results]), min(seconds)
-
-
-def _step(
-    model: HybridLM, codes: Tensor, latents: Tensor, features: Tensor, cache: ModelCache
-) -> tuple[Tensor, ModelCache]:
-    if features.is_cuda:
-        torch.compiler.cudagraph_mark_step_begin()
-    return model.step(codes, latents, features, cache)

@@ -225,6 +225,8 @@ class Decoder(nn.Module):
             text: Asks for the alignment; only in a call that holds the whole sequence.
             after_layer: Given each layer's number and output; returns what the next layer gets.
         """
+        if x.is_cuda and any(layer.compiled for layer in self.layers):
+            torch.compiler.cudagraph_mark_step_begin()  # what graphs made is kept until here
         x, alignment = self.run(
             range(len(self.layers)),
             x,

@@ -13,7 +13,11 @@ from torch import Tensor
 
 import hybridlm.compiling
 from hybridlm.compiling import _trial, compile_step, drop
-from sampling.pipeline import AudioModel
+from hybridlm.model import HybridLM
+from hybridlm.precision import PackedLinear
+from sampling.files import run
+from sampling.pipeline import AudioModel, load
+from tests.support.saved_model import save_tiny_model
 from tests.support.tiny_audio_model import tiny_model as tiny_audio_model
 from tests.support.tiny_frames import tiny_model
 
@@ -81,3 +85,24 @@ def test_what_can_not_be_compiled_is_said(monkeypatch: pytest.MonkeyPatch) -> No
             as_if(patch, compiler, seconds)
             assert compile_step(model.model, 1).startswith(told)
         assert torch.equal(model.generate(tags=["music"], duration=0.3, seed=1).waveform, expected)
+
+
+def test_a_loaded_model_is_compiled_for_the_rows_that_are_made(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr("hybridlm.precision.BLOCKED_FROM", 1000)
+    asked: list[int] = []
+
+    def compile(model: HybridLM, rows: int) -> str:
+        asked.append(rows)
+        assert not any(isinstance(one, PackedLinear) for one in model.modules())  # no compiler reads its blocks
+        return "compile: told"
+
+    monkeypatch.setattr("sampling.pipeline.compile_step", compile)
+    folder = save_tiny_model(tmp_path / "model")
+    for settings in ({"tags": ("music",)}, {"text": "hi", "num_samples": 3}, {"tags": ("music",), "cfg": 2.0}):
+        run(model=folder, compile=True, duration=0.2, output=tmp_path / "a.wav", **settings)  # type: ignore[arg-type]
+        assert "compile: told\n" in capsys.readouterr().out
+    assert asked == [1, 6, 2]
+    model = load(folder)
+    assert asked == [1, 6, 2] and any(isinstance(one, PackedLinear) for one in model.model.modules())
