@@ -202,11 +202,30 @@ def unpack(model: HybridLM) -> None:
         setattr(parent, key, _linear(_dense(child), child.bias))
     head = model.code_head
     if head is not None and head.read_outs is not None:
-        outputs = [_dense(read_out) for read_out in head.read_outs]  # type: ignore[arg-type]
-        head.output = nn.Parameter(torch.stack(outputs))
+        head.output = nn.Parameter(_read_outs(head.read_outs))
         head.read_outs = None
     model.packed = None
     model.requires_grad_(not adapter_names(model))
+
+
+@torch.no_grad()
+def plain_state(model: HybridLM) -> dict[str, Tensor]:
+    """The state that `pack` found, of a model at fp32.
+
+    Raises:
+        ValueError: matrices that were rounded.
+    """
+    if model.packed not in (None, "fp32"):
+        raise ValueError(f"a model packed at {model.packed} has lost its state")
+    packed, model.packed = model.packed, None
+    state: dict[str, Tensor] = dict(model.state_dict())
+    model.packed = packed
+    state |= {f"{name}.weight": _dense(linear) for name, _, _, linear in _linears(model)}
+    head = model.code_head
+    if head is not None and head.read_outs is not None:
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("code_head.read_outs.")}
+        state["code_head.output"] = _read_outs(head.read_outs)
+    return state
 
 
 def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Linear | PackedLinear]]:
@@ -216,7 +235,7 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Linear 
             continue  # an adapter's own matrices are switched and scaled
         for key, child in parent.named_children():
             if type(child) in (nn.Linear, PackedLinear):
-                yield f"{name}.{key}", parent, key, cast("nn.Linear | PackedLinear", child)
+                yield f"{name}.{key}".lstrip("."), parent, key, cast("nn.Linear | PackedLinear", child)
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -229,6 +248,10 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 def _dense(linear: nn.Linear | PackedLinear) -> Tensor:
     return linear.dense() if isinstance(linear, PackedLinear) else linear.weight.detach().contiguous()
+
+
+def _read_outs(read_outs: nn.ModuleList) -> Float[Tensor, "K V E"]:
+    return torch.stack([_dense(cast("nn.Linear | PackedLinear", one)) for one in read_outs])
 
 
 def _laid_out(

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from hybridlm.adapter import Base, adapter_names, load_adapter, use_adapter
 from hybridlm.checkpoint import load_model, resolve
-from hybridlm.compiling import compile_step
+from hybridlm.compiling import compile_step, drop
 from hybridlm.config import ModelConfig
 from hybridlm.folder import fingerprint
 from hybridlm.model import HybridLM
-from hybridlm.precision import AUTO, Precision, check, choose, pack, unpack
+from hybridlm.precision import AUTO, Precision, check, choose, pack, plain_state, unpack
 from sampling.assemble import GeneratedAudio, assemble, at_loudness
 from sampling.controls import Controls, changed
 from sampling.generate import Drawn, Hear, Request, generate_frames
@@ -76,7 +76,7 @@ class AudioModel:
         self.told: tuple[str, ...] = ()
         """What a user should know of how the model was loaded, a line each."""
         self._fingerprint: str | None = None
-        """Of the weights, before they were packed."""
+        """Of the weights, before they were rounded."""
 
     @property
     def adapters(self) -> list[str]:
@@ -129,26 +129,28 @@ class AudioModel:
                 two; 0: do not.
 
         Raises:
-            UserError: another precision, or one that the device can't do.
+            UserError: another precision, or one that the device can't do; a model whose weights are rounded already.
         """
         check(precision, next(self.model.parameters()).device)
-        found = self._weights()
+        drop(self.model)
+        unpack(self.model)
+        self.told = ()
         if precision == AUTO:
             chosen = choose(self.model)
             precision, self.told = chosen.precision, (chosen.reason,)
+        self._fingerprint = self._weights() if precision != "fp32" else None
         unfit = pack(self.model, cast(Precision, precision), blocks=not compile_rows)
         self.told += () if unfit is None else (f"precision {precision}: {unfit}",)
-        self._fingerprint = found
         if compile_rows:
             self.told += (compile_step(self.model, compile_rows),)
 
     def _weights(self) -> str:
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.model.state_dict().items()}
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in plain_state(self.model).items()}
         return fingerprint(weights)
 
     @property
     def origin(self) -> Origin:
-        """Names and fingerprints, the weights' taken anew unless they are packed: they may have changed."""
+        """Names and fingerprints, the weights' taken anew unless they are rounded: they may have changed."""
         return Origin(
             name=self.name,
             model=self._fingerprint or self._weights(),

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hybridlm.checkpoint import Checkpoint, load_model
-from hybridlm.precision import Int8Linear, PackedLinear, check, choose, pack, unpack
+from hybridlm.precision import Int8Linear, PackedLinear, check, choose, pack, plain_state, unpack
 from sampling.plan import Plan
 from sampling.render import render
 from tests.support.tiny_audio_model import tiny_model as tiny_audio_model
@@ -50,6 +50,8 @@ def test_fp32_packs_without_loss(variant: str) -> None:
     torch.testing.assert_close(after.latents, before.latents, atol=1e-4, rtol=1e-5)
     with pytest.raises(ValueError, match="no state to save"):
         model.state_dict()
+    found = plain_state(model)
+    assert set(found) == set(kept) and all(torch.equal(found[name], kept[name]) for name in kept)
     unpack(model)
     back = model.state_dict()
     assert list(back) == list(kept) and all(torch.equal(back[name], kept[name]) for name in kept)
@@ -117,7 +119,9 @@ def test_auto_says_what_it_chose_and_measures_once(box: Checkpoint, monkeypatch:
 def test_a_plan_knows_its_precision(tmp_path: Path) -> None:
     model = tiny_audio_model()
     plain = model.origin
-    model.pack("int8")
+    model.pack("fp32")
+    assert model.origin == plain
+    model.pack("int8")  # what is not rounded may still change
     made = model.generate(tags=["music"], duration=0.4, keep_plan=True)
     assert made.plan is not None
     assert made.plan.origin.precision == "int8" and made.plan.origin.model == plain.model
@@ -149,7 +153,7 @@ def test_what_can_not_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_audio_model()
     model.pack("int8")
     with pytest.raises(UserError, match=r"loaded at precision=int8.*load it at fp32"):
-        unpack(model.model)
+        model.pack("fp32")
     monkeypatch.setattr("hybridlm.precision.adapter_names", lambda _: ["ann"])
     with pytest.raises(UserError, match="needs a model without adapters; merge first"):
         tiny_audio_model().pack("int8")

@@ -52,8 +52,8 @@ def test_until_the_ring_is_full_nothing_differs() -> None:
 
 def test_memory_is_flat() -> None:
     model = tiny_model(max_frames=WINDOW, stop_bias=-30).model
-    loop, shapes, lengths = FrameLoop(model, request(200)), set(), []
-    for _ in range(200):
+    loop, shapes, lengths = FrameLoop(model, request(90)), set(), []
+    for _ in range(90):
         frame = loop.draw(may_stop=False)
         assert frame is not None
         loop.advance(frame)
