@@ -91,3 +91,15 @@ def test_memory_stays_bounded() -> None:
         decoder(torch.randn(2, 1, 32), position, cache=cache)
         position = position + 1
     assert cache.length <= 40 and cache.keys[0].shape[2] == 256 and int(position.max()) <= 40
+
+
+@torch.no_grad()
+def test_steps_across_the_end_of_a_block_equal_the_whole() -> None:
+    torch.manual_seed(0)
+    decoder = Decoder(tiny_config()).eval()
+    x = torch.randn(1, 262, 32)
+    cache = KeyValueCache.empty()
+    states = [decoder(x[:, :250], torch.arange(250)[None], cache=cache).states]
+    states += [decoder(x[:, t : t + 1], torch.tensor([[t]]), cache=cache).states for t in range(250, 262)]
+    whole = decoder(x, torch.arange(262)[None]).states
+    torch.testing.assert_close(torch.cat(states, dim=1), whole, atol=1e-5, rtol=1e-4)
