@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from hybridlm.cache import KeyValueCache
 from hybridlm.config import ModelConfig
+from hybridlm.packing import PackedKernel, Packing, packed_kernel
 from tokenizer.transformer import SwiGLU, rotary, rotate
 
 AttentionBackend = Literal["sdpa", "flash-attn"]
@@ -70,7 +71,7 @@ class Attention(nn.Module):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        mask: Tensor | None,
+        mask: Tensor | Packing | None,
         cache: KeyValueCache | None,
         text: TextKeys | None = None,
     ) -> tuple[Tensor, Tensor | None]:
@@ -82,9 +83,21 @@ class Attention(nn.Module):
             k, v = cache.append(self.layer, k, v)
         return self._attend(q, k, v, mask), alignment
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def packed_kernel(self, device_type: str, dtype: torch.dtype) -> PackedKernel:
+        """What attends within packed documents."""
+        half = dtype in (torch.float16, torch.bfloat16)
+        return packed_kernel(device_type, half=half, flash=self.backend == "flash-attn", head_dim=self.head_dim)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Packing | None) -> Tensor:
         batch, num_heads, length, head_dim = q.shape
         group = num_heads // self.num_kv_heads
+        if isinstance(mask, Packing):
+            kernel = self.packed_kernel(q.device.type, q.dtype)
+            if kernel == "flash-attn varlen":
+                return mask.flash(q, k, v)
+            if kernel == "FlexAttention":
+                return mask.flex(q, k, v)
+            mask = mask.dense_mask()
         if length == 1:
             # The heads of a group share their keys, so they are the "positions" of one query: nothing is repeated.
             grouped = q.reshape(batch, self.num_kv_heads, group, head_dim)
@@ -104,6 +117,8 @@ class Attention(nn.Module):
 
     def _alignment(self, q: Tensor, k: Tensor, text: TextKeys) -> Tensor:
         """Attention probabilities over the text pieces alone, (B, heads, T, P), in float32."""
+        if text.packing is not None:
+            q, k = (text.packing.unpack(x.transpose(1, 2)).transpose(1, 2) for x in (q, k))
         group = self.num_heads // self.num_kv_heads
         prefix = text.mask.shape[1]
         queries = q[:, : self.alignment_heads, prefix - 1 : -1]  # the states that predict frames 0 .. T-1
@@ -155,7 +170,7 @@ class DecoderLayer(nn.Module):
         self,
         x: Tensor,
         rotation: tuple[Tensor, Tensor],
-        mask: Tensor | None,
+        mask: Tensor | Packing | None,
         cache: KeyValueCache | None,
         text: TextKeys | None,
     ) -> tuple[Tensor, Tensor | None]:
@@ -174,6 +189,8 @@ class TextKeys:
     """Asks for attention to the text: which prefix columns are pieces of the text to be spoken."""
 
     mask: Bool[Tensor, "B P"]
+    packing: Packing | None = None
+    """Of the documents, where rows hold several."""
 
 
 @dataclass(frozen=True, kw_only=True)  # no slots: DeepSpeed's ZeRO-3 calls `vars` on what a forward returns
@@ -214,6 +231,7 @@ class Decoder(nn.Module):
         cache: KeyValueCache | None = None,
         text: TextKeys | None = None,
         after_layer: Callable[[int, Tensor], Tensor] | None = None,
+        packing: Packing | None = None,
     ) -> DecoderOutput:
         """Run the stack.
 
@@ -224,26 +242,33 @@ class Decoder(nn.Module):
             cache: Earlier positions, which these follow; extended in place.
             text: Asks for the alignment; only in a call that holds the whole sequence.
             after_layer: Given each layer's number and output; returns what the next layer gets.
+            packing: Which rows the layers get in place of these; it says what is masked, too, and comes without cache.
         """
         if x.is_cuda and any(layer.compiled for layer in self.layers):
             torch.compiler.cudagraph_mark_step_begin()  # what graphs made is kept until here
+        mask: Tensor | Packing | None = packing
+        if packing is None:
+            mask = self.visible(x, key_mask, cache)
+        else:
+            x, positions, after_layer = packing.pack(x), packing.positions, packing.within(after_layer)
         x, alignment = self.run(
             range(len(self.layers)),
             x,
             self.rotation(x, positions) if cache is None else cache.rotation(x, positions, self.rotation),
-            self.visible(x, key_mask, cache),
+            mask,
             cache=cache,
             text=text,
             after_layer=after_layer,
         )
-        return DecoderOutput(states=self.norm(x), alignment=alignment)
+        states = self.norm(x)
+        return DecoderOutput(states=states if packing is None else packing.unpack(states), alignment=alignment)
 
     def run(
         self,
         numbers: range,
         x: Float[Tensor, "B L C"],
         rotation: tuple[Tensor, Tensor],
-        mask: Bool[Tensor, "B 1 L N"] | Bool[Tensor, "1 1 L N"] | None,
+        mask: Bool[Tensor, "B 1 L N"] | Bool[Tensor, "1 1 L N"] | Packing | None,
         *,
         cache: KeyValueCache | None = None,
         text: TextKeys | None = None,
@@ -266,8 +291,12 @@ class Decoder(nn.Module):
 
     def rotation(self, x: Tensor, positions: Int[Tensor, "B L"]) -> tuple[Tensor, Tensor]:
         """Cosines and sines (B, 1, L, E) at these positions, as the layers want them beside x."""
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        return rotary(positions, self.config.head_dim, self.config.rope_theta, dtype, self._stretched)
+        return rotary(positions, self.config.head_dim, self.config.rope_theta, self.dtype(x), self._stretched)
+
+    @staticmethod
+    def dtype(x: Tensor) -> torch.dtype:
+        """What queries and keys made of x are in."""
+        return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
     def _stretched(self, frequencies: Tensor) -> Tensor:
         """Llama 3.1's longer context: frequencies of long waves divided by a factor, with a ramp to the short ones."""

@@ -28,6 +28,7 @@ from hybridlm.frame_nll import FrameNLL
 from hybridlm.fusion import CodeEmbedding, FrameFusion, FrameStatistics, ShortContext, history_noise
 from hybridlm.latent_head import GaussianMixture, LatentHead
 from hybridlm.model_cache import ModelCache
+from hybridlm.packing import Packing, row_multiple
 from hybridlm.reader import Guide, Reading, TextReader, place_loss
 from hybridlm.walk import Walk, walk
 from tokenizer.frames import AudioFrames
@@ -108,6 +109,7 @@ class HybridLM(nn.Module):
         aligned: Bool[Tensor, " B"] | None = None,
         guide: Guide | None = None,
         with_flow: bool = False,
+        rows: Int[Tensor, " B"] | None = None,
     ) -> FrameNLL:
         """Score audio, frame by frame.
 
@@ -122,12 +124,14 @@ class HybridLM(nn.Module):
             aligned: Rows that are complete utterances of their text; None: all.
             guide: Where the text is spoken, for a model with a reader in training.
             with_flow: Also take the flow head's loss, which is no likelihood, on the frames that are scored.
+            rows: The decoder's row of each document, where several share one (`hybridlm.packing`): it changes the work,
+                not the result. None: each has its own.
         """
         if text_mask is not None:
             if self.config.alignment_heads == 0 and self.reader is None:
                 raise ValueError("alignment_heads=0 gives no alignment; set it to 1 or more")
             text_mask = text_mask & prefix_mask
-        run = self._run(prefix, prefix_mask, frames, generator, text_mask, guide)
+        run = self._run(prefix, prefix_mask, frames, generator, text_mask, guide, rows)
         h = run.states
         batch, length = frames.codes.shape[0], frames.latents.shape[1]
         time = torch.arange(length + 1, device=h.device)
@@ -287,6 +291,7 @@ class HybridLM(nn.Module):
         generator: torch.Generator | None,
         text_mask: Tensor | None,
         guide: Guide | None = None,
+        rows: Tensor | None = None,
     ) -> _Run:
         text, prefix_mask, reading = self._read_prefix(prefix, prefix_mask)
         columns = prefix_mask.shape[1]
@@ -305,13 +310,20 @@ class HybridLM(nn.Module):
                 guide = guide if walked is None else Guide(before=walked.before)
                 states = frames.latents.shape[1] + 1
                 reading.guide = TextReader.even_guide(reading.page, frames.lengths, states, guide)
-            text_keys = None if text_mask is None else TextKeys(mask=text_mask)
-            output = self.decoder(x, positions, key_mask=visible, text=text_keys, after_layer=reading)
+            packing = None if rows is None else self._packing(rows, prefix_mask, frames, x)
+            text_keys = None if text_mask is None else TextKeys(mask=text_mask, packing=packing)
+            output = self.decoder(x, positions, key_mask=visible, text=text_keys, after_layer=reading, packing=packing)
             h, alignment = output.states[:, columns - 1 :], output.alignment
             places = None if reading is None else reading.places
         if self.short_context is not None:
             h = h + self.short_context(clean)
         return _Run(h, alignment, places)
+
+    def _packing(self, rows: Tensor, prefix_mask: Tensor, frames: AudioFrames, x: Tensor) -> Packing:
+        """Documents of what is visible of the prefix and of real frames."""
+        valid = torch.arange(frames.latents.shape[1], device=rows.device) < frames.lengths[:, None]
+        kernel = self.decoder.layers[0].attention.packed_kernel(x.device.type, self.decoder.dtype(x))
+        return Packing.of(rows, torch.cat([prefix_mask, valid], dim=1), row_multiple(kernel))
 
     def _walk(self, reading: Reading | None, x: Tensor, positions: Tensor, key_mask: Tensor | None) -> Walk | None:
         """The way through the text, where there is a reader and any text; without, no place makes a difference."""

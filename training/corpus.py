@@ -23,6 +23,7 @@ from tokenizer.errors import UserError
 from tokenizer.frames import AudioFrames, Tokenizer
 from training.index import ClipIndex
 from training.manifest import TagRule
+from training.packing import packed_batches
 from training.prepare import PrepareReport, prepare, prepare_audio
 from training.segments import AudioFiles, PcmCache, SegmentSource
 
@@ -82,9 +83,10 @@ class TokenCache:
         split: Keep clips of this split and those without one; None keeps all.
         validation_fraction: Share of the training split that is held back as split `validation`.
         rules: Tags, use of text, and weights by label; see `TagRule`.
+        shares: Of each folder among the frames that batches hold, relative to each other; none: as they come.
 
     Raises:
-        UserError: not such caches, made by different tokenizers, or no clip is left.
+        UserError: not such caches, made by different tokenizers, or no clip is left (with shares, of one folder).
     """
 
     def __init__(
@@ -95,8 +97,17 @@ class TokenCache:
         split: str | None = None,
         validation_fraction: float = 0.0,
         rules: Sequence[TagRule] = (),
+        shares: Sequence[float] = (),
     ) -> None:
         self.index = ClipIndex(folders, "tokens", split=split, validation_fraction=validation_fraction, rules=rules)
+        self.shares = np.array(shares, dtype=np.float64) / sum(shares) if shares else None
+        if self.shares is not None:
+            for number, reader in enumerate(self.index.readers):
+                if not bool((self.index.reader == number).any()):
+                    raise UserError(
+                        f"{reader.folder} has no clip of split '{split}' under the rules, but is to be "
+                        f"{self.shares[number]:.1%} of what is heard; leave it out of the caches"
+                    )
         first = self.index.readers[0]
         self.name = ", ".join(str(reader.folder) for reader in self.index.readers)
         """Its folders."""
@@ -141,6 +152,37 @@ class TokenCache:
     def all_tags(self) -> list[str]:
         """Every tag in use, sorted."""
         return self.index.all_tags()
+
+    def found_shares(self, windows: Sequence[Window]) -> dict[str, float]:
+        """Of each folder in the frames of some windows, as `share/FOLDER`."""
+        frames = np.zeros(len(self.index.readers))
+        for window in windows:
+            frames[self.index.reader[window.clip]] += window.frames
+        return {f"share/{name}": float(share) for name, share in zip(self._names(), frames / frames.sum(), strict=True)}
+
+    def _names(self) -> list[str]:
+        """Folders by their own names, where these tell them apart."""
+        folders = [reader.folder for reader in self.index.readers]
+        short = [folder.name for folder in folders]
+        return short if len(set(short)) == len(short) else [str(folder) for folder in folders]
+
+    def mixture(self, max_frames: int) -> list[str]:
+        """A line for each folder: its share of what is heard, and how often an epoch hears it.
+
+        Args:
+            max_frames: Longest window.
+        """
+        index = self.index
+        frames = np.where(index.has_text, 1, -(-index.rows // max_frames)) * np.minimum(index.rows, max_frames)
+        passes = index.weight * self._lift(frames)
+        lines = []
+        for number, name in enumerate(self._names()):
+            here = index.reader == number
+            heard, whole = float((passes * frames)[here].sum()), float(frames[here].sum())
+            share = heard / float((passes * frames).sum())
+            hours = float(index.rows[here].sum()) / self.frame_rate_hz / 3600
+            lines.append(f"{name}: {share:.1%} of the frames, {hours:.2f} h, heard {heard / whole:.2f} times an epoch")
+        return lines
 
     def read(self, window: Window) -> CachedClip:
         """Read a part of a clip; its text is the whole clip's."""
@@ -221,6 +263,59 @@ class TokenCache:
                 yield [Window(*window) for window in windows[first:last].tolist()]
             skip = 0
 
+    def packed(
+        self,
+        *,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        skip: int = 0,
+        batch_frames: int,
+        row_frames: int,
+        max_frames: int,
+    ) -> Iterator[list[list[Window]]]:
+        """Endless batches of rows of windows, as `batches` has them but of any lengths, row by row as they fit.
+
+        Batches are numbered over all ranks, which take them in turn: their order does not depend on `world_size`.
+
+        Args:
+            seed: Decides everything.
+            rank: This process among `world_size`.
+            world_size: Number of processes.
+            skip: Batches of this rank to leave out at the beginning; costs no reading.
+            batch_frames: Most frames a batch; so many whole rows.
+            row_frames: Most frames a row.
+            max_frames: Most frames of a window.
+        """
+        longest = min(max_frames, row_frames)
+        number = -(skip * world_size + rank)  # of the next batch, counted from the first that this rank is to have
+        for epoch in itertools.count():
+            rng = np.random.default_rng([seed, epoch])
+            windows = self._windows(rng, longest)
+            for rows in packed_batches(windows[:, 2], row_frames, batch_frames, rng):
+                if number >= 0 and number % world_size == 0:
+                    yield [[Window(*window) for window in windows[row].tolist()] for row in rows]
+                number += 1
+
+    def _windows(self, rng: np.random.Generator, longest: int) -> npt.NDArray[np.int64]:
+        """The windows (clip, start, frames) of an epoch, in random order."""
+        index = self.index
+        pieces = np.where(index.has_text, 1, -(-index.rows // longest))
+        weight = index.weight * self._lift(pieces * np.minimum(index.rows, longest))
+        copies = np.floor(weight + rng.random(len(index))).astype(np.int64)
+        clips = np.repeat(np.arange(len(index)), copies * pieces)
+        rng.shuffle(clips)
+        frames = np.minimum(index.rows[clips], longest)
+        starts = rng.integers(0, np.where(index.has_text[clips], 0, index.rows[clips] - frames) + 1)
+        return np.stack([clips, starts, frames], axis=1)
+
+    def _lift(self, frames: npt.NDArray[np.int64]) -> npt.NDArray[np.float64] | float:
+        """Of each clip, which has so many frames a copy: what gives every folder its share of an equally long epoch."""
+        if self.shares is None:
+            return 1.0
+        found = np.bincount(self.index.reader, self.index.weight * frames, minlength=len(self.shares))
+        return (self.shares * found.sum() / found)[self.index.reader]
+
     def _plan(
         self,
         rng: np.random.Generator,
@@ -230,17 +325,10 @@ class TokenCache:
         longest: int,
     ) -> tuple[npt.NDArray[np.int64], list[list[tuple[int, int]]]]:
         """An epoch: its windows (n, 3), and for each step the range of windows of every rank's batch."""
-        index = self.index
-        copies = np.floor(index.weight + rng.random(len(index))).astype(np.int64)
-        pieces = np.where(index.has_text, 1, -(-index.rows // longest))
-        clips = np.repeat(np.arange(len(index)), copies * pieces)
-        rng.shuffle(clips)
-        frames = np.minimum(index.rows[clips], longest)
-        starts = rng.integers(0, np.where(index.has_text[clips], 0, index.rows[clips] - frames) + 1)
+        windows = self._windows(rng, longest)
         # Windows of one pool are sorted by length: little padding, yet the order of the epoch stays random.
         pool = 32 * batch_size if batch_size else 2048
-        order = np.lexsort((frames, np.arange(len(clips)) // pool))
-        windows = np.stack([clips, starts, frames], axis=1)[order]
+        windows = windows[np.lexsort((windows[:, 2], np.arange(len(windows)) // pool))]
         ranges: list[tuple[int, int]] = []
         first = 0
         for last, length in enumerate(windows[:, 2].tolist()):

@@ -10,6 +10,7 @@ from torch import nn
 from hybridlm.decoder import Attention, AttentionBackend
 from training.config import RunConfig
 from training.distributed import Replicas
+from training.task import Task
 
 
 def notes_on_weights(modules: Mapping[str, nn.Module]) -> list[str]:
@@ -20,6 +21,22 @@ def notes_on_weights(modules: Mapping[str, nn.Module]) -> list[str]:
             counts[parameter.requires_grad] += parameter.numel()
     frozen = f", {counts[False] / 1e6:.2f} M frozen" if counts[False] else ""
     return [f"{counts[True] / 1e6:.2f} M trained weights{frozen}"]
+
+
+def notes_on_data(task: Task, backend: Replicas) -> list[str]:
+    """What is mixed and how it is packed, where a task mixes caches or packs windows."""
+    from training.language_task import LanguageTask  # imported here: other tasks need none of it
+
+    if not isinstance(task, LanguageTask):
+        return []
+    data, model = task.config.data, task.model
+    lines = task.train_data.mixture(data.max_frames) if data.weights else []
+    if data.pack_frames is not None:
+        attention = model.decoder.layers[0].attention
+        kernel = attention.packed_kernel(backend.device.type, backend.dtype or torch.float32)
+        rows = data.batch_frames // data.pack_frames
+        lines.append(f"packing: {rows} rows of {data.pack_frames} frames a batch, attention by {kernel}")
+    return lines
 
 
 def notes_on_backend(backend: Replicas, modules: Mapping[str, nn.Module], config: RunConfig) -> list[str]:

@@ -43,7 +43,7 @@ from training.language_loss import LanguageLossConfig, combine, sums
 from training.new_model import new_model, taken_over
 from training.state import checkpoints
 from training.task import Batch, Sample
-from training.token_data import TokenDataConfig, open_frames
+from training.token_data import PackedDataConfig, open_frames
 
 Sampler = Callable[[HybridLM, Tokenizer, TextTokenizer], Sequence[Sample]]
 """Makes a model sound, for TensorBoard; given by the caller, for training does not know sampling."""
@@ -70,7 +70,7 @@ class LanguageTaskConfig:
 
     tokenizer: str
     """Name or folder of the tokenizer that made the caches."""
-    data: TokenDataConfig
+    data: PackedDataConfig
     text: TextConfig = field(default_factory=TextConfig)
     model: dict[str, Any] = field(default_factory=dict)
     """Fields of `hybridlm.config.ModelConfig`, without those that the tokenizer and the text model decide."""
@@ -153,19 +153,23 @@ class LanguageTask:
         return ("model",)
 
     def batches(self, *, seed: int, rank: int, world_size: int, skip: int) -> Iterator[Batch]:
-        """Windows of about equal length, without noise."""
-        data = self.config.data
-        windows = self.train_data.batches(
-            seed=seed,
-            rank=rank,
-            world_size=world_size,
-            skip=skip,
-            batch_frames=data.batch_frames,
-            max_frames=min(data.max_frames, self.model.config.max_frames),
-        )
-        for number, batch in enumerate(windows, start=skip):
-            draws = np.random.default_rng([seed, rank, number]).random(len(batch))
-            yield self.batch(self.train_data, batch, (draws < self.config.losses.tag_dropout).tolist())
+        """Windows of about equal length or, packed, of any; without noise."""
+        data, cache = self.config.data, self.train_data
+        limits = {"batch_frames": data.batch_frames, "max_frames": min(data.max_frames, self.model.config.max_frames)}
+        where = {"seed": seed, "rank": rank, "world_size": world_size, "skip": skip}
+        if data.pack_frames is None:
+            for number, windows in enumerate(cache.batches(**where, **limits), start=skip):
+                yield self.batch(cache, windows, self._one_tag_alone(len(windows), [seed, rank, number]))
+            return
+        for number, rows in enumerate(cache.packed(**where, **limits, row_frames=data.pack_frames), start=skip):
+            windows = [window for row in rows for window in row]
+            alone = self._one_tag_alone(len(windows), [seed, world_size * number + rank])
+            batch = self.batch(cache, windows, alone)
+            batch["rows"] = torch.tensor([number for number, row in enumerate(rows) for _ in row])
+            yield batch
+
+    def _one_tag_alone(self, count: int, seed: list[int]) -> list[bool]:
+        return [bool(draw < self.config.losses.tag_dropout) for draw in np.random.default_rng(seed).random(count)]
 
     def batch(
         self, cache: TokenCache, windows: Sequence[Window], first_tag_alone: Sequence[bool] | None = None
@@ -195,6 +199,8 @@ class LanguageTask:
         }
         if frames.features is not None:
             batch["features"] = frames.features
+        if cache.shares is not None:
+            batch["shares"] = cache.found_shares(windows)
         if self._alignments:
             readers = [int(cache.index.reader[window.clip]) for window in windows]
             batch["places"], batch["places_known"] = self._places(clips, readers, prefix)
@@ -245,11 +251,12 @@ class LanguageTask:
             aligned=batch["aligned"] if align else None,
             guide=self._guide(batch, generator) if align and "places" in batch else None,
             with_flow=losses.flow_weight > 0,
+            rows=batch.get("rows"),
         )
         loss, parts = combine(nll, losses, latent_dim=config.latent_dim, aligned=batch["aligned"])
         if align and not aligned:
             del parts["alignment"]  # of another process's rows
-        return loss, parts
+        return loss, {**parts, **batch.get("shares", {})}
 
     def _guide(self, batch: Batch, generator: torch.Generator) -> Guide:
         """The true places, each with the one before it, in error: partly drifting through the row, partly by chance.

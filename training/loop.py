@@ -22,7 +22,7 @@ from training.allocator import keep_freed_memory
 from training.background import Interrupts, Prefetch
 from training.config import OptimizerConfig, RunConfig
 from training.distributed import Replicas, open_backend
-from training.first_lines import native_bf16, notes_on_backend, notes_on_weights
+from training.first_lines import native_bf16, notes_on_backend, notes_on_data, notes_on_weights
 from training.journal import Journal, Meter, pooled_means
 from training.optimizer import learning_rate
 from training.state import (
@@ -105,7 +105,7 @@ class _Run:
         if resume and checkpoint is None:
             notes.append(f"{self.output} holds no checkpoint yet; starting at step 0")
         self.progress.shared_by(backend.num_processes)
-        notes = [*notes_on_weights(self.modules), *notes]
+        notes = [*notes_on_weights(self.modules), *notes_on_data(task, backend), *notes]
         self.optimizers = backend.prepare(task, self.modules, self.optimizer_config)
         self.trained = {n: [p for p in m.parameters() if p.requires_grad] for n, m in self.modules.items()}
         self.ema = backend.averages(self.modules["model"], config.ema_decay) if config.ema_decay > 0 else None

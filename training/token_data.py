@@ -16,6 +16,9 @@ class TokenDataConfig:
 
     caches: tuple[str, ...]
     """Folders made by `hybridlm prepare`, all by the same tokenizer."""
+    weights: tuple[float, ...] = ()
+    """Share of each cache among the frames that are heard, relative to each other: [2, 1] hears two frames of the first
+    for each of the second, whatever their sizes. None: as they are long. Weights of rules count within a cache."""
     rules: tuple[TagRule, ...] = ()
     """Tags, use of text and weights by label; none: clips as the caches hold them."""
     validation_fraction: float = 0.02
@@ -33,6 +36,27 @@ class TokenDataConfig:
         for name in ("batch_frames", "max_frames", "validation_frames"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.weights and (len(self.weights) != len(self.caches) or min(self.weights) <= 0):
+            raise ValueError(
+                f"weights={list(self.weights)} must be {len(self.caches)} numbers above 0, one for each of caches"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackedDataConfig(TokenDataConfig):
+    """Of a task that can pack several windows into one row."""
+
+    pack_frames: int | None = None
+    """Most frames of a row that windows share, which attend to themselves alone: a batch is batch_frames / pack_frames
+    full rows, and rows cost no padding. Prefixes come on top. None: a window has a row of its own, with its like."""
+
+    def __post_init__(self) -> None:
+        super(PackedDataConfig, self).__post_init__()  # a dataclass with slots is another class than the one written
+        if self.pack_frames is not None and not self.max_frames <= self.pack_frames <= self.batch_frames:
+            raise ValueError(
+                f"pack_frames={self.pack_frames} must lie between max_frames={self.max_frames} and "
+                f"batch_frames={self.batch_frames}"
+            )
 
 
 def open_frames(data: TokenDataConfig, split: str, tokenizer: Tokenizer) -> TokenCache:
@@ -47,4 +71,5 @@ def open_frames(data: TokenDataConfig, split: str, tokenizer: Tokenizer) -> Toke
         split=split,
         validation_fraction=data.validation_fraction,
         rules=data.rules,
+        shares=data.weights if split == "train" else (),
     )
