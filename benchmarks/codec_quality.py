@@ -76,7 +76,7 @@ def judge(job: tuple[str, Clip, str, tuple[int, ...], bool]) -> ClipReport:
     name_or_dir, clip, set_name, codebooks, speech = job
     tokenizer = tokenizer_of_process(name_or_dir)
     try:
-        waveform = read_audio(clip.path, tokenizer.sample_rate_hz, clip.start, clip.read_duration)
+        waveform = read_audio(clip.audio, tokenizer.sample_rate_hz, clip.start, clip.read_duration)
     except UserError as error:
         return ClipReport(set_name=set_name, key=clip.key, distances={}, codes=None, problem=str(error))
     frames = tokenizer.encode(waveform[None])

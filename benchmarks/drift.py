@@ -140,7 +140,7 @@ def choose(
     found: dict[str, Tensor] = {}
     for clip in chosen:
         try:
-            waveform = read_audio(clip.path, sample_rate_hz, clip.start, seconds)
+            waveform = read_audio(clip.audio, sample_rate_hz, clip.start, seconds)
         except UserError as error:
             problems.append(f"{clip.key}: {error}")
             continue
@@ -160,7 +160,7 @@ def _duration(clip: Clip) -> float:
     """Seconds of a clip: of its part, or from its start to the end of the file."""
     if clip.read_duration is not None:
         return clip.read_duration
-    return audio_info(clip.path).duration_s - (clip.start or 0.0)
+    return audio_info(clip.audio).duration_s - (clip.start or 0.0)
 
 
 def run(entry: Entry, clips: dict[str, Tensor], num_seeds: int, seed: int, controls: Controls) -> Variant:

@@ -93,7 +93,7 @@ def draw_noise(
     """The key of a clip's noise, and (1, S) samples of it, repeated from a random place on."""
     generator = torch.Generator().manual_seed(clip_seed(f"{seed}/{clip.key}"))
     chosen = noises[int(torch.randint(len(noises), (), generator=generator))]
-    noise = read_audio(chosen.path, sample_rate_hz, chosen.start, chosen.read_duration)
+    noise = read_audio(chosen.audio, sample_rate_hz, chosen.start, chosen.read_duration)
     first = int(torch.randint(noise.shape[-1], (), generator=generator))
     return chosen.key, noise[:, (first + torch.arange(num_samples)) % noise.shape[-1]]
 
@@ -230,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for number, (set_name, clip) in enumerate(chosen, start=1):
             print(f"{number}/{len(chosen)} {set_name} {clip.key}", file=sys.stderr, flush=True)
             try:
-                speech = read_audio(clip.path, rate, clip.start, clip.read_duration)
+                speech = read_audio(clip.audio, rate, clip.start, clip.read_duration)
                 noise_key, noise = draw_noise(clip, noises, options.seed, speech.shape[-1], rate)
             except UserError as error:
                 problems.append(f"{clip.key}: {error}")

@@ -72,7 +72,7 @@ def reconstruct(config: ReconstructionConfig, data: str, folder: Path, name: str
         speech = set_name in config.speech
         for _, clip in choose(Path(data), "test", [set_name], config.clips):
             seconds = min(config.seconds, clip.read_duration or config.seconds)
-            waveform = read_audio(clip.path, rate, clip.start, seconds)
+            waveform = read_audio(clip.audio, rate, clip.start, seconds)
             audio = decodings(tokenizer, tokenizer.encode(waveform[None]))
             for source, made in audio.items():
                 distance = compare_audio(waveform[0], made[0, 0, : waveform.shape[-1]], rate, speech=speech)

@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
 
 def prepare(
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A folder of audio, or a JSONL manifest.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="A folder of audio or of tar files, a JSONL manifest, or hf:NAME.")
+    ],
     output: Annotated[Path, typer.Option(metavar="DIR", help="Where the tokens go.")],
     tokenizer: TokenizerOption = "box",
     workers: Annotated[int, typer.Option(metavar="N", help="Threads that decode.")] = 2,

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import soundfile
@@ -39,13 +40,27 @@ class AudioInfo:
     channels: int
 
 
-def _open(path: Path) -> soundfile.SoundFile:
-    if not path.exists():
-        raise UserError(f"{path}: no such file; check the path")
-    if not path.is_file():
-        raise UserError(f"{path} is a folder, but must be an audio file")
+@runtime_checkable
+class Member(Protocol):
+    """A recording inside something else, such as a tar file or a table; its `str` names it in messages."""
+
+    def open(self) -> io.BufferedIOBase:
+        """Its bytes, as a file that can be sought in.
+
+        Raises:
+            UserError: they are not there.
+        """
+        ...
+
+
+def _open(path: Path | Member) -> soundfile.SoundFile:
+    if isinstance(path, Path):
+        if not path.exists():
+            raise UserError(f"{path}: no such file; check the path")
+        if not path.is_file():
+            raise UserError(f"{path} is a folder, but must be an audio file")
     try:
-        return soundfile.SoundFile(str(path))
+        return soundfile.SoundFile(str(path) if isinstance(path, Path) else path.open())
     except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: headerless .raw
         raise UserError(
             f"{path} is not audio that can be read ({_reason(error)}); "
@@ -57,13 +72,13 @@ def _reason(error: Exception) -> str:
     return str(getattr(error, "error_string", error)).strip().rstrip(".")
 
 
-def audio_info(path: Path) -> AudioInfo:
+def audio_info(path: Path | Member) -> AudioInfo:
     """Read the header of an audio file.
 
     Raises:
         UserError: no such file, or not audio.
     """
-    with _open(Path(path)) as file:
+    with _open(Path(path) if isinstance(path, str) else path) as file:
         return AudioInfo(
             duration_s=file.frames / file.samplerate, sample_rate_hz=file.samplerate, channels=file.channels
         )
@@ -80,7 +95,7 @@ def _ratio(source_hz: int, target_hz: int) -> Fraction:
 
 
 def audio_blocks(
-    path: Path,
+    path: Path | Member,
     sample_rate_hz: int = 24_000,
     start: float | None = None,
     duration: float | None = None,
@@ -92,7 +107,7 @@ def audio_blocks(
     resampled with its neighbours' margins, as wide as the filter.
 
     Args:
-        path: An audio file of any rate and number of channels.
+        path: An audio file of any rate and number of channels, or a member of something that holds such.
         sample_rate_hz: Rate to resample to.
         start: Where to begin, in seconds of the file.
         duration: How many seconds to read; less comes when the file ends before.
@@ -101,7 +116,7 @@ def audio_blocks(
     Raises:
         UserError: no such file, not audio, damaged, no samples, NaN or infinite samples, or a range outside the file.
     """
-    path = Path(path)
+    path = Path(path) if isinstance(path, str) else path
     for name, value, least in (("start", start, 0.0), ("duration", duration, 1e-9)):
         if value is not None and not (math.isfinite(value) and value >= least):
             bound = "above" if least else "at least"
@@ -128,7 +143,7 @@ def audio_blocks(
 
 
 def _mono_blocks(
-    file: soundfile.SoundFile, path: Path, wanted: int, ratio: Fraction, block_s: float
+    file: soundfile.SoundFile, path: Path | Member, wanted: int, ratio: Fraction, block_s: float
 ) -> Iterator[Float[Tensor, " S"]]:
     """Source-rate mono blocks, each but the last a whole number of the ratio's periods."""
     period = ratio.numerator
@@ -173,12 +188,12 @@ def _resampled(blocks: Iterator[Float[Tensor, " S"]], ratio: Fraction) -> Iterat
 
 
 def read_audio(
-    path: Path, sample_rate_hz: int = 24_000, start: float | None = None, duration: float | None = None
+    path: Path | Member, sample_rate_hz: int = 24_000, start: float | None = None, duration: float | None = None
 ) -> Float[Tensor, "1 S"]:
     """Read a file, or a part of it, as mono float32 at `sample_rate_hz`.
 
     Args:
-        path: An audio file of any rate and number of channels, at least one sample long.
+        path: As `audio_blocks` takes it, at least one sample long.
         sample_rate_hz: Rate to resample to.
         start: Where to begin, in seconds of the file.
         duration: How many seconds to read; less comes when the file ends before.

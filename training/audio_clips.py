@@ -57,7 +57,7 @@ class AudioClips:
         seconds = about.duration if about.end is None else about.read_duration
         if seconds is None:
             try:
-                seconds = audio_info(about.path).duration_s - (about.start or 0.0)
+                seconds = audio_info(about.audio).duration_s - (about.start or 0.0)
             except UserError:
                 seconds = 0.0
         return max(1, math.ceil(seconds * self.tokenizer.frame_rate_hz))

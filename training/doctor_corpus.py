@@ -13,7 +13,6 @@ import math
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from training.manifest import Clip
 from training.verdict import Verdict, judge
@@ -248,7 +247,7 @@ class CorpusPass:
 
 def _file_key(clip: Clip) -> str:
     """Size, a part of the middle, and which piece of the file the clip is."""
-    with Path(clip.path).open("rb") as file:
+    with clip.open() as file:
         size = file.seek(0, 2)
         file.seek(max(0, size // 2 - BYTES_READ // 2))
         middle = hashlib.blake2b(file.read(BYTES_READ), digest_size=16).hexdigest()

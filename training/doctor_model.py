@@ -71,7 +71,7 @@ def codec_verdict(found: Checkpoint, clips: Sequence[Clip]) -> Verdict:
     missing = ""
     for clip in clips[:CODEC_CLIPS]:
         seconds = min(clip.read_duration or CODEC_SECONDS, CODEC_SECONDS)
-        x = read_audio(clip.path, rate, clip.start, seconds)
+        x = read_audio(clip.audio, rate, clip.start, seconds)
         y = found.tokenizer.decode_latents(found.tokenizer.encode(x[None].to(device)).latents)
         y = y[0, 0, : x.shape[-1]].cpu()
         distances.append(mel_distance(x[0, : len(y)], y, rate))

@@ -75,10 +75,10 @@ def listen(clip: Clip) -> Sound:
     Raises:
         UserError: it can't be read.
     """
-    info = audio_info(clip.path)
+    info = audio_info(clip.audio)
     rate = info.sample_rate_hz
     whole = clip.read_duration if clip.read_duration is not None else info.duration_s - (clip.start or 0.0)
-    blocks = audio_blocks(clip.path, rate, clip.start, min(clip.read_duration or LONGEST_S, LONGEST_S))
+    blocks = audio_blocks(clip.audio, rate, clip.start, min(clip.read_duration or LONGEST_S, LONGEST_S))
     x = torch.cat([block[0] for block in blocks])
     return Sound(
         clip=clip,

@@ -241,7 +241,7 @@ def embed(
 
 def _read(clip: Clip, sample_rate_hz: int) -> Tensor | Iterator[Tensor]:
     """A clip's waveform (1, S), or its pieces where it is longer than one."""
-    blocks = audio_blocks(clip.path, sample_rate_hz, clip.start, clip.read_duration, PIECE_S)
+    blocks = audio_blocks(clip.audio, sample_rate_hz, clip.start, clip.read_duration, PIECE_S)
     first, second = next(blocks), next(blocks, None)
     return first if second is None else itertools.chain((first, second), blocks)
 

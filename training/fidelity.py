@@ -51,7 +51,7 @@ def fidelity(tokenizer: Tokenizer, clips: Sequence[Clip], config: FidelityConfig
     rows: dict[str, list[AudioDistance]] = {}
     for clip in [clips[number * len(clips) // count] for number in range(count)]:
         seconds = min(config.seconds, clip.read_duration or config.seconds)
-        waveform = read_audio(clip.path, rate, clip.start, seconds)
+        waveform = read_audio(clip.audio, rate, clip.start, seconds)
         frames = tokenizer.encode(waveform[None])
         made = {"latents": tokenizer.decode_latents(frames.latents)}
         for books in sorted({1, tokenizer.num_codebooks}):

@@ -137,7 +137,7 @@ def _pieces(clip: Clip) -> Iterator[Clip]:
         return
     start = clip.start or 0.0
     try:
-        end = clip.end if clip.end is not None else audio_info(clip.path).duration_s
+        end = clip.end if clip.end is not None else audio_info(clip.audio).duration_s
     except UserError:  # `prepare` counts and reports what can't be read
         end = start
     count = max(round((end - start) / PIECE_SECONDS), 1)

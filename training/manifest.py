@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import io
 import json
 import math
 import os
@@ -13,6 +14,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from tokenizer.audio import Member
 from tokenizer.errors import UserError
 
 AUDIO_SUFFIXES = frozenset(
@@ -25,8 +27,11 @@ class Clip:
     """One recording, or a part of one."""
 
     path: Path
+    """The file; where recordings lie in something else, that."""
     key: str
     """Names the clip within its source: the relative path, with `#start-end` for a part."""
+    member: Member | None = None
+    """The recording in `path`, if it does not fill it."""
     duration: float | None = None
     """Seconds, where the manifest says so."""
     split: str | None = None
@@ -39,6 +44,20 @@ class Clip:
     """Every other key of the manifest."""
     weight: float = 1.0
     """How often it is drawn, against the others."""
+
+    @property
+    def audio(self) -> Path | Member:
+        """What to read."""
+        return self.path if self.member is None else self.member
+
+    def open(self) -> io.BufferedIOBase:
+        """The bytes of the recording.
+
+        Raises:
+            OSError: they cannot be read.
+            UserError: they are not there.
+        """
+        return self.path.open("rb") if self.member is None else self.member.open()
 
     @property
     def read_duration(self) -> float | None:
@@ -179,15 +198,25 @@ def iterate_clips(source: Path) -> Iterator[Clip | str]:
     Sources: a JSON-lines file (keys `audio` or `path`, relative to the file's folder; `text`, `duration`, `start`,
     `end`, `split`, `tags`; every other key is a label), an LJSpeech `metadata.csv` (`id|text|normalized text`, audio in
     `wavs/` or beside it), a folder that holds a `manifest.jsonl` or a `metadata.csv`, any other folder (audio found at
-    every depth, text in a `.txt` or `.lab` of the same name), or one audio file.
+    every depth, text in a `.txt` or `.lab` of the same name), or one audio file; tar files as WebDataset makes them
+    (`training.tar_files`: one, a folder of them, or `name-{000..009}.tar`); data sets of Hugging Face's `datasets`
+    (`training.hf_datasets`: a folder made by `save_to_disk`, or `hf:` and a hub id).
 
     Raises:
         UserError: when the source is not there.
     """
+    # Imported here, since they make clips.
+    from training.hf_datasets import is_saved_dataset, read_dataset, read_hub
+    from training.tar_files import is_tar_source, read_tar_files
+
+    if str(source).startswith("hf:"):
+        return read_hub(str(source))
     source = Path(source)
+    if is_tar_source(source):
+        return read_tar_files(source)
     if not source.exists():
         raise UserError(f"{source}: no such file or folder; check the path")
-    return _read(source)
+    return read_dataset(source) if is_saved_dataset(source) else _read(source)
 
 
 def _read(source: Path) -> Iterator[Clip | str]:
@@ -245,6 +274,23 @@ def _clip(entry: Mapping[str, Any], root: Path) -> Clip:
     name = rest.pop(names[0])
     if not isinstance(name, str) or not name:
         raise ValueError(f"{names[0]}={name!r} must be a path")
+    clip = described(Clip(path=root / name, key=name), rest)
+    if leaves(name):
+        raise ValueError(
+            f"{names[0]}={name!r} leaves the manifest's folder; move the audio inside, or give a whole path"
+        )
+    if not (root / name).is_file():
+        raise ValueError(f"no such file: {name}")
+    return clip
+
+
+def described(clip: Clip, entry: Mapping[str, Any]) -> Clip:
+    """The clip with what an object says of it besides its place: `text`, `duration`, ..., and labels.
+
+    Raises:
+        ValueError: what is wrong with it.
+    """
+    rest = dict(entry)
     duration = _seconds(rest, "duration")
     start, end = _seconds(rest, "start"), _seconds(rest, "end")
     if end is not None and end <= (start or 0.0):
@@ -255,19 +301,13 @@ def _clip(entry: Mapping[str, Any], root: Path) -> Clip:
     tags = rest.pop("tags", None) or []
     if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
         raise ValueError(f"tags={tags!r} must be a list of texts")
-    if _leaves(name):
-        raise ValueError(
-            f"{names[0]}={name!r} leaves the manifest's folder; move the audio inside, or give a whole path"
-        )
-    if not (root / name).is_file():
-        raise ValueError(f"no such file: {name}")
     part = "" if start is None and end is None else f"#{start or 0.0:g}-{'' if end is None else f'{end:g}'}"
     labels = {
         key: value if isinstance(value, str) else json.dumps(value) for key, value in rest.items() if value is not None
     }
-    return Clip(
-        path=root / name,
-        key=name + part,
+    return replace(
+        clip,
+        key=clip.key + part,
         duration=duration,
         split=split,
         text=text,
@@ -278,7 +318,7 @@ def _clip(entry: Mapping[str, Any], root: Path) -> Clip:
     )
 
 
-def _leaves(name: str) -> bool:
+def leaves(name: str) -> bool:
     """Whether a relative path climbs out of the folder it starts in: a corpus that was handed on must not read on."""
     return os.path.normpath(name).split(os.sep)[0] == os.pardir
 
@@ -309,7 +349,7 @@ def _read_ljspeech(source: Path) -> Iterator[Clip | str]:
             yield f"{where}: must be id|text or id|text|normalized text"
             continue
         name, text = fields[0], (fields[2] if len(fields) > 2 and fields[2] else fields[1])
-        if _leaves(name) or Path(name).is_absolute():
+        if leaves(name) or Path(name).is_absolute():
             yield f"{where}: id {name} leaves the folder of {source.name}; move the audio inside"
             continue
         places = [

@@ -64,7 +64,7 @@ def perturb(
     for number, clip in enumerate(clips):
         drawn = [delays.uniform(0.0, LARGEST_DELAY_S) for _ in speeds]
         try:
-            waveform = read_audio(clip.path, SAMPLE_RATE_HZ, clip.start, clip.read_duration)
+            waveform = read_audio(clip.audio, SAMPLE_RATE_HZ, clip.start, clip.read_duration)
         except UserError as error:
             problems.append(str(error))
             continue

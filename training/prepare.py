@@ -68,7 +68,7 @@ def prepare_audio(
     """
 
     def decode(clip: Clip) -> Arrays:
-        blocks = audio_blocks(clip.path, sample_rate_hz, clip.start, clip.read_duration, _PIECE_S)
+        blocks = audio_blocks(clip.audio, sample_rate_hz, clip.start, clip.read_duration, _PIECE_S)
         pieces = [(block[0].clamp(-1.0, 1.0) * 32767.0).round().to(torch.int16).numpy() for block in blocks]
         return {"audio": np.concatenate(pieces)[:, None]}
 
@@ -157,7 +157,7 @@ def encode_clip(clip: Clip, tokenizer: Tokenizer, streams: dict[str, Stream]) ->
     device = torch.device("cpu")
     if isinstance(tokenizer, nn.Module):
         device = next((p.device for p in tokenizer.parameters()), device)
-    blocks = audio_blocks(clip.path, tokenizer.sample_rate_hz, clip.start, clip.read_duration, _PIECE_S)
+    blocks = audio_blocks(clip.audio, tokenizer.sample_rate_hz, clip.start, clip.read_duration, _PIECE_S)
     with torch.inference_mode():
         first, second = next(blocks), next(blocks, None)
         parts: list[AudioFrames] = []
@@ -180,7 +180,7 @@ def encode_clip(clip: Clip, tokenizer: Tokenizer, streams: dict[str, Stream]) ->
         with np.errstate(over="ignore"):
             arrays[name] = array.astype(streams[name].dtype)
         if name != "codes" and not np.isfinite(arrays[name]).all():
-            raise UserError(f"{clip.path}: its {name} do not fit {streams[name].dtype}; leave it out or use float32")
+            raise UserError(f"{clip.audio}: its {name} do not fit {streams[name].dtype}; leave it out or use float32")
     return arrays
 
 

@@ -192,7 +192,7 @@ class AudioFiles:
             length = (num_samples + 1) / self.sample_rate_hz  # one more, against rounding at the file's own rate
             if clip.end is not None:
                 length = min(length, clip.end - seconds)
-            return read_audio(clip.path, self.sample_rate_hz, seconds, max(length, 1.0 / self.sample_rate_hz))
+            return read_audio(clip.audio, self.sample_rate_hz, seconds, max(length, 1.0 / self.sample_rate_hz))
         except UserError as error:
             return error
 
@@ -200,12 +200,12 @@ class AudioFiles:
 def _seconds(clip: Clip) -> float | UserError:
     """Length of a clip by its file's header."""
     try:
-        whole = audio_info(clip.path).duration_s
+        whole = audio_info(clip.audio).duration_s
     except UserError as error:
         return error
     start, end = clip.start or 0.0, min(clip.end or whole, whole)
     if end <= start:
         return UserError(
-            f"{clip.path}: the part from {start} s lies past its end at {whole:.3f} s; correct the manifest"
+            f"{clip.audio}: the part from {start} s lies past its end at {whole:.3f} s; correct the manifest"
         )
     return end - start
