@@ -252,6 +252,15 @@ def open_tokenizer(name_or_dir: str | Path) -> Tokenizer:
     return load_tokenizer(name_or_dir if needs_no_folder(name) else resolve(name_or_dir))
 
 
+def open_text(name_or_dir: str | Path) -> TextTokenizer | None:
+    """The text pieces of the model whose tokenizer `open_tokenizer` opens by this name; None where it is no model's."""
+    name = str(name_or_dir).removeprefix(LOG_MEL)
+    if needs_no_folder(name):
+        return None
+    folder = resolve(name)
+    return TextTokenizer.load(folder) if (folder / "text.model").is_file() else None
+
+
 def load_codec(name_or_dir: str | Path, device: str | torch.device = "cpu") -> Tokenizer:
     """A tokenizer by name ("encodec", or "box" for the box model's), by its own folder, or by its model's folder; after
     `log-mel:`, with a log-mel as features."""

@@ -43,13 +43,19 @@ def prepare(
     ] = None,
 ) -> None:
     """Turn a corpus into tokens on disk, to train a language model on."""
+    from hybridlm.checkpoint import open_text
     from training.prepare import prepare as prepare_tokens
     from training.prepare import prepare_audio
+    from training.processes import joined
 
-    if audio:
-        prepare_audio(source, output, sample_rate_hz=sample_rate, workers=workers, split=split)
-    else:
-        prepare_tokens(source, output, tokenizer, workers=workers, split=split)
+    with joined() as processes:
+        shared: dict[str, Any] = {"workers": workers, "split": split, "processes": processes}
+        if audio:
+            prepare_audio(source, output, sample_rate_hz=sample_rate, **shared)
+        else:
+            with processes.agreed():
+                text = open_text(tokenizer)
+            prepare_tokens(source, output, tokenizer, text=text, **shared)
 
 
 def train(

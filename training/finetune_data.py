@@ -7,56 +7,23 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import unicodedata
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from hybridlm.checkpoint import Checkpoint
 from tokenizer.audio import audio_info
 from tokenizer.errors import UserError
-from tokenizer.text import TextTokenizer
 from training.align import FILE_NAME as ALIGNMENT
 from training.align import align_caches
 from training.corpus import TokenCache, prepare
 from training.examples import GOES_ON
+from training.letters import Letters, letters_of
 from training.manifest import Clip, Manifest, read_manifest
 
 SPEECH_TAG = "speech"
 PIECE_SECONDS = 20.0
 """About what recordings without text are cut into."""
-
-
-@dataclass(kw_only=True, slots=True)
-class Letters:
-    """How well a model's text pieces know the letters of some texts."""
-
-    num_texts: int = 0
-    num_partly_unknown: int = 0
-    """Texts with at least one letter that no piece has."""
-    num_foreign: int = 0
-    """Texts most of whose letters no piece has: another script."""
-    scripts: Counter[str] = field(default_factory=Counter)
-    """Unknown letters by script, as Unicode names it."""
-
-    def add(self, words: str, text: TextTokenizer) -> None:
-        """Count a text."""
-        self.num_texts += 1
-        letters, unknown = text.letters(words)
-        self.num_partly_unknown += bool(unknown)
-        self.num_foreign += 2 * len(unknown) > letters
-        self.scripts.update(unicodedata.name(letter, "UNNAMED").split()[0] for letter in unknown)
-
-    def line(self) -> str | None:
-        """What a person should know of it; None when every letter is known."""
-        if not self.scripts:
-            return None
-        scripts = ", ".join(f"{name} {count}" for name, count in self.scripts.most_common(4))
-        return (
-            f"{self.num_partly_unknown} of {self.num_texts} texts have letters that the model's text pieces do not "
-            f"know ({scripts}), {self.num_foreign} of them mostly such: read byte by byte, they take more data to learn"
-        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,12 +51,12 @@ def prepare_recordings(data: Path, output: Path, start: Checkpoint, tags: Sequen
     """
     if (data / "meta.json").is_file():
         index = TokenCache(data, tokenizer=start.tokenizer).index
-        letters = _letters((index.clip(i).text for i in range(len(index)) if index.has_text[i]), start.text)
+        letters = letters_of((index.clip(i).text for i in range(len(index)) if index.has_text[i]), start.text)
         return Prepared(cache=data, notes=_lines(letters), letters=letters)
     manifest = read_manifest(data)
     dropped: set[str] = set()
     clips = [_tagged(part, tags, start.text.tags, dropped) for clip in manifest.clips for part in _pieces(clip)]
-    letters = _letters((clip.text for clip in manifest.clips), start.text)
+    letters = letters_of((clip.text for clip in manifest.clips), start.text)
     manifest = Manifest(source=manifest.source, clips=clips, problems=manifest.problems)
     report = prepare(manifest, output, start.tokenizer, workers=1)
     notes = []
@@ -115,14 +82,6 @@ def align_texts(cache: Path) -> str | None:
         return f"{align_caches([cache])} texts aligned with their recordings"
     except UserError as error:
         return f"texts are not aligned: {error}"
-
-
-def _letters(texts: Iterable[str | None], text: TextTokenizer) -> Letters:
-    letters = Letters()
-    for words in texts:
-        if words:
-            letters.add(words, text)
-    return letters
 
 
 def _lines(letters: Letters) -> list[str]:

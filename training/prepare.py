@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,8 +19,11 @@ from tokenizer.audio import audio_blocks
 from tokenizer.errors import UserError
 from tokenizer.files import replacing
 from tokenizer.frames import AudioFrames, Tokenizer
+from tokenizer.text import TextTokenizer
 from training.background import in_order
+from training.letters import Letters, letters_of
 from training.manifest import Clip, Manifest, read_manifest
+from training.processes import Processes
 from training.progress import ClipMeter
 from training.shards import ShardWriter, Stream
 
@@ -41,6 +45,8 @@ class PrepareReport:
     """Audio written now."""
     problems: list[str]
     """One line for each skipped clip; also in the cache's `problems.txt`."""
+    letters: Letters | None = None
+    """How well text pieces know the texts, where some were given."""
 
 
 def prepare_audio(
@@ -51,6 +57,7 @@ def prepare_audio(
     workers: int = 2,
     split: str | None = None,
     console: Console | None = None,
+    processes: Processes | None = None,
 ) -> PrepareReport:
     """Decode and resample every clip of `source` into a cache of 16-bit mono audio, for training tokenizers.
 
@@ -62,6 +69,7 @@ def prepare_audio(
         workers: Threads that decode.
         split: Keep only this split.
         console: Where progress and problems go; standard error by default.
+        processes: That share the work, all with the same arguments, on a folder that all see; one by default.
 
     Raises:
         UserError: no usable clip, or a folder that cannot be written or holds something else.
@@ -72,14 +80,13 @@ def prepare_audio(
         pieces = [(block[0].clamp(-1.0, 1.0) * 32767.0).round().to(torch.int16).numpy() for block in blocks]
         return {"audio": np.concatenate(pieces)[:, None]}
 
-    writer = ShardWriter(
-        Path(output),
-        kind="audio",
-        streams={"audio": Stream(dtype="int16", width=1)},
-        about={"sample_rate_hz": sample_rate_hz},
-    )
-    with writer:
-        return _fill(writer, source, decode, float(sample_rate_hz), workers, split, console)
+    def open_writer(rank: int) -> ShardWriter:
+        streams = {"audio": Stream(dtype="int16", width=1)}
+        return ShardWriter(
+            Path(output), kind="audio", streams=streams, about={"sample_rate_hz": sample_rate_hz}, rank=rank
+        )
+
+    return _fill(open_writer, source, decode, float(sample_rate_hz), workers, split, console, processes)
 
 
 def prepare(
@@ -91,7 +98,9 @@ def prepare(
     split: str | None = None,
     latent_dtype: Literal["float16", "float32"] = "float16",
     features: bool = True,
+    text: TextTokenizer | None = None,
     console: Console | None = None,
+    processes: Processes | None = None,
 ) -> PrepareReport:
     """Encode every clip of `source` into a cache of codes, latents and features, for training language models.
 
@@ -106,7 +115,9 @@ def prepare(
         split: Keep only this split.
         latent_dtype: How latents and features are stored.
         features: Whether features are stored, where the tokenizer has any.
+        text: Pieces against which the letters of the texts are checked.
         console: Where progress and problems go; standard error by default.
+        processes: That share the work, all with the same arguments, on a folder that all see; one by default.
 
     Raises:
         UserError: no usable clip, a folder that cannot be written, or one made by another tokenizer (both are named).
@@ -119,18 +130,16 @@ def prepare(
     def encode(clip: Clip) -> Arrays:
         return encode_clip(clip, encoder, streams)
 
-    writer = ShardWriter(
-        Path(output),
-        kind="tokens",
-        streams=streams,
-        about={
-            "tokenizer": f"{encoder.name} {encoder.fingerprint()}",
-            "frame_rate_hz": encoder.frame_rate_hz,
-            "codebook_size": encoder.codebook_size,
-        },
-    )
-    with writer:
-        return _fill(writer, source, encode, encoder.frame_rate_hz, workers, split, console)
+    about = {
+        "tokenizer": f"{encoder.name} {encoder.fingerprint()}",
+        "frame_rate_hz": encoder.frame_rate_hz,
+        "codebook_size": encoder.codebook_size,
+    }
+
+    def open_writer(rank: int) -> ShardWriter:
+        return ShardWriter(Path(output), kind="tokens", streams=streams, about=about, rank=rank)
+
+    return _fill(open_writer, source, encode, encoder.frame_rate_hz, workers, split, console, processes, text)
 
 
 def token_streams(
@@ -185,63 +194,125 @@ def encode_clip(clip: Clip, tokenizer: Tokenizer, streams: dict[str, Stream]) ->
 
 
 def _fill(
-    writer: ShardWriter,
+    open_writer: Callable[[int], ShardWriter],
     source: Path | Manifest,
     work: Callable[[Clip], Arrays],
     rows_per_second: float,
     workers: int,
     split: str | None,
     console: Console | None,
+    processes: Processes | None,
+    text: TextTokenizer | None = None,
 ) -> PrepareReport:
-    """Write what is missing, in the order of the source, whatever the number of workers; then write the index."""
-    if workers < 1:
-        raise UserError(f"workers={workers} must be at least 1")
-    console = console or Console(stderr=True)
-    manifest = source if isinstance(source, Manifest) else read_manifest(Path(source), split)
+    """Write what is missing, in the order of the source, whatever the number of workers; then write the index.
+
+    Each process takes its share of the clips by their number; the first writes the index of all.
+    """
+    processes = processes or Processes()
+    with ExitStack() as stack:
+        with processes.agreed():
+            if workers < 1:
+                raise UserError(f"workers={workers} must be at least 1")
+            manifest = source if isinstance(source, Manifest) else read_manifest(Path(source), split)
+            writer = stack.enter_context(open_writer(0)) if processes.rank == 0 else None
+        with processes.agreed():
+            writer = writer or stack.enter_context(open_writer(processes.rank))
+        if console is None or processes.rank:
+            console = Console(stderr=True, quiet=processes.rank > 0)
+        stamps, problems = _stamps(manifest)
+        writer.take_over(stamps)
+        shares = _once(manifest.clips, stamps)[processes.rank :: processes.count]
+        missing = [clip for clip in shares if writer.places.get(clip.key, ("", None))[0] != stamps[clip.key]]
+        with processes.agreed():
+            share = _write(writer, missing, stamps, work, rows_per_second, workers, console)
+        everybody = processes.gather(share)
+        problems += [problem for each in everybody for problem in each.problems.values()]
+        gone = {key for each in everybody for key in each.problems}
+        left = [clip for clip in manifest.clips if clip.key in stamps and clip.key not in gone]
+        with processes.agreed():
+            if processes.rank == 0:
+                writer.take_over(stamps)
+                writer.finish((clip.key, _record(clip)) for clip in left)
+                with replacing(writer.folder / "problems.txt") as temporary:
+                    temporary.write_text("".join(f"{problem}\n" for problem in problems), encoding="utf-8")
+            report = PrepareReport(
+                num_clips=len(left),
+                num_written=sum(each.num_written for each in everybody),
+                seconds=sum(each.seconds for each in everybody),
+                problems=problems,
+                letters=None if text is None else letters_of((clip.text for clip in left), text),
+            )
+            _report(console, writer.folder, report)
+            if not left:
+                why = f"{len(problems)} problems, the first: {problems[0]}"
+                raise UserError(f"{manifest.source} has no usable clip ({why})")
+    return report
+
+
+@dataclass(kw_only=True, slots=True)
+class _Share:
+    """What one process did."""
+
+    num_written: int = 0
+    seconds: float = 0.0
+    problems: dict[str, str] = field(default_factory=dict)
+    """By the key of the clip."""
+
+
+def _stamps(manifest: Manifest) -> tuple[dict[str, str], list[str]]:
+    """What tells versions of each clip apart, by key, and what is wrong with the manifest and with files not there."""
     problems = list(manifest.problems)
-    missing: list[tuple[Clip, str]] = []
-    gone: set[str] = set()
-    planned: set[str] = set()
+    stamps: dict[str, str] = {}
+    found: dict[Path, str] = {}
     for clip in manifest.clips:
-        try:
-            status = clip.path.stat()
-        except OSError as error:
-            problems.append(f"{clip.path}: {error.strerror}")
-            gone.add(clip.key)
-            continue
-        stamp = f"{status.st_size}-{status.st_mtime_ns}"
-        if clip.key not in planned and writer.places.get(clip.key, ("", None))[0] != stamp:
-            missing.append((clip, stamp))
-        planned.add(clip.key)
-    written, seconds = 0, 0.0
-    with ClipMeter(console, [clip for clip, _ in missing], doing="preparing", done="prepared") as meter:
-        for (clip, stamp), result in in_order(missing, lambda job: work(job[0]), workers):
+        if clip.path not in found:
+            try:
+                status = clip.path.stat()
+            except OSError as error:
+                problems.append(f"{clip.path}: {error.strerror}")
+                continue
+            found[clip.path] = f"{status.st_size}-{status.st_mtime_ns}"
+        stamps[clip.key] = found[clip.path]
+    return stamps, problems
+
+
+def _once(clips: Sequence[Clip], stamps: dict[str, str]) -> list[Clip]:
+    """Clips that are there, the first of each key."""
+    return list({clip.key: clip for clip in reversed(clips) if clip.key in stamps}.values())[::-1]
+
+
+def _write(
+    writer: ShardWriter,
+    clips: Sequence[Clip],
+    stamps: dict[str, str],
+    work: Callable[[Clip], Arrays],
+    rows_per_second: float,
+    workers: int,
+    console: Console,
+) -> _Share:
+    share = _Share()
+    with ClipMeter(console, clips, doing="preparing", done="prepared") as meter:
+        for clip, result in in_order(clips, work, workers):
             if isinstance(result, UserError):
-                problems.append(str(result))
-                gone.add(clip.key)
+                share.problems[clip.key] = str(result)
                 meter.advance(clip, 0.0)
                 continue
-            writer.append(clip.key, stamp, result)
+            writer.append(clip.key, stamps[clip.key], result)
             duration = len(next(iter(result.values()))) / rows_per_second
-            written, seconds = written + 1, seconds + duration
+            share.num_written, share.seconds = share.num_written + 1, share.seconds + duration
             meter.advance(clip, duration)
-    count = writer.finish((clip.key, _record(clip)) for clip in manifest.clips if clip.key not in gone)
-    with replacing(writer.folder / "problems.txt") as temporary:
-        temporary.write_text("".join(f"{problem}\n" for problem in problems), encoding="utf-8")
-    _report(console, writer.folder, count, written, problems)
-    if count == 0:
-        raise UserError(f"{manifest.source} has no usable clip ({len(problems)} problems, the first: {problems[0]})")
-    return PrepareReport(num_clips=count, num_written=written, seconds=seconds, problems=problems)
+    return share
 
 
-def _report(console: Console, folder: Path, count: int, written: int, problems: Sequence[str]) -> None:
-    for problem in problems[:_PROBLEMS_SHOWN]:
-        console.print(f"skipped: {problem}", markup=False, highlight=False, soft_wrap=True)
-    if problems:
-        text = f"{len(problems)} clips skipped, all listed in {folder / 'problems.txt'}"
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
-    text = f"{folder}: {count} clips, {written} of them new"
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+def _report(console: Console, folder: Path, report: PrepareReport) -> None:
+    lines = [f"skipped: {problem}" for problem in report.problems[:_PROBLEMS_SHOWN]]
+    if report.problems:
+        lines.append(f"{len(report.problems)} clips skipped, all listed in {folder / 'problems.txt'}")
+    if report.letters is not None and (line := report.letters.line()):
+        lines.append(line)
+    lines.append(f"{folder}: {report.num_clips} clips, {report.num_written} of them new")
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _record(clip: Clip) -> dict[str, Any]:

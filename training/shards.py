@@ -8,6 +8,9 @@ A cache is a folder:
     clips.jsonl       the index: place, text, tags and labels of each clip; written at the end, as a whole
 
 Rows without a line in `written.jsonl` are cut off when writing goes on, so nothing is ever half there.
+
+Several processes may fill one cache: each has shards, a lock and a `written.RANK.jsonl` of its own (the first has
+`written.jsonl`), and the index names the shards of all.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from tokenizer.errors import UserError
 from tokenizer.files import replacing
 
 FORMAT_VERSION = 1
+_SHARDS_A_RANK = 100_000
 _MAX_SHARD_BYTES = 1 << 30
 
 
@@ -69,6 +73,7 @@ class ShardWriter:
         streams: Arrays of a clip, by name; all have the same number of rows.
         about: What else `meta.json` says; must be equal when writing goes on.
         max_rows: Rows a shard; a longer clip has a shard of its own. By default a shard has at most about 1 GiB.
+        rank: Of this writer, among those that fill the folder at once.
 
     Raises:
         UserError: the folder holds another kind of cache, cannot be written, or is being written by another process.
@@ -82,8 +87,10 @@ class ShardWriter:
         streams: Mapping[str, Stream],
         about: Mapping[str, Any],
         max_rows: int | None = None,
+        rank: int = 0,
     ) -> None:
         self.folder = folder
+        self._rank = rank
         self.streams = dict(streams)
         self._max_rows = max_rows or max(_MAX_SHARD_BYTES // max(s.row_bytes for s in streams.values()), 1)
         self._stack = ExitStack()
@@ -101,7 +108,7 @@ class ShardWriter:
             self._lock()
             self._check_meta(meta)
             self._recover()
-            self._log = self._stack.enter_context((folder / "written.jsonl").open("ab"))
+            self._log = self._stack.enter_context(self._log_path.open("ab"))
             self._open_shard()
         except OSError as error:
             self._stack.close()
@@ -116,12 +123,16 @@ class ShardWriter:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
+    @property
+    def _log_path(self) -> Path:
+        return self.folder / (f"written.{self._rank}.jsonl" if self._rank else "written.jsonl")
+
     def _lock(self) -> None:
         try:
             import fcntl
         except ImportError:  # Windows has no advisory locks; there the user must not start two writers
             return
-        file = self._stack.enter_context((self.folder / ".lock").open("w"))
+        file = self._stack.enter_context((self.folder / (f".lock.{self._rank}" if self._rank else ".lock")).open("w"))
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -143,27 +154,13 @@ class ShardWriter:
 
     def _recover(self) -> None:
         """Take over complete clips; cut off what a killed writer left behind."""
-        log = self.folder / "written.jsonl"
-        self._shard, self._row, valid = 0, 0, 0
-        sizes: dict[int, int] = {}
-        if log.is_file():
-            with log.open("rb") as file:
-                for line in file:
-                    try:
-                        entry = json.loads(line) if line.endswith(b"\n") else None
-                    except ValueError:
-                        entry = None
-                    if entry is None:
-                        break
-                    place = Place(entry["shard"], entry["row"], entry["rows"])
-                    if place.shard not in sizes:
-                        sizes[place.shard] = self._rows_on_disk(place.shard)
-                    if place.row + place.rows > sizes[place.shard]:  # the machine, not just the program, went down
-                        break
-                    self.places[entry["key"]] = (entry["stamp"], place)
-                    self._shard, self._row = place.shard, place.row + place.rows
-                    valid += len(line)
-            os.truncate(log, valid)
+        self._shard, self._row = self._rank * _SHARDS_A_RANK, 0
+        if self._log_path.is_file():
+            valid = 0
+            for key, stamp, place, end in self._complete(self._log_path):
+                self.places[key] = (stamp, place)
+                self._shard, self._row, valid = place.shard, place.row + place.rows, end
+            os.truncate(self._log_path, valid)
         for name, stream in self.streams.items():
             path = _shard_path(self.folder, self._shard, name)
             if path.is_file():
@@ -172,6 +169,35 @@ class ShardWriter:
             while _shard_path(self.folder, later, name).is_file():
                 _shard_path(self.folder, later, name).unlink()
                 later += 1
+
+    def _complete(self, log: Path) -> Iterator[tuple[str, str, Place, int]]:
+        """Key, stamp and place of the clips of a log that are whole, and where in the log each one's line ends."""
+        sizes: dict[int, int] = {}
+        end = 0
+        with log.open("rb") as file:
+            for line in file:
+                try:
+                    entry = json.loads(line) if line.endswith(b"\n") else None
+                except ValueError:
+                    entry = None
+                if entry is None:
+                    return
+                place = Place(entry["shard"], entry["row"], entry["rows"])
+                if place.row + place.rows > sizes.get(place.shard, -1):  # a shard that is being written has grown since
+                    sizes[place.shard] = self._rows_on_disk(place.shard)
+                if place.row + place.rows > sizes[place.shard]:  # the machine, not just the program, went down
+                    return
+                end += len(line)
+                yield entry["key"], entry["stamp"], place, end
+
+    def take_over(self, stamps: Mapping[str, str]) -> None:
+        """Know also what other writers have completed so far of the clips with these stamps, by key."""
+        for log in sorted(self.folder.glob("written*.jsonl")):
+            if log == self._log_path:
+                continue
+            for key, stamp, place, _ in self._complete(log):
+                if stamps.get(key) == stamp and self.places.get(key, ("", None))[0] != stamp:
+                    self.places[key] = (stamp, place)
 
     def _rows_on_disk(self, shard: int) -> int:
         paths = {name: _shard_path(self.folder, shard, name) for name in self.streams}

@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 import textwrap
@@ -16,10 +17,15 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 import training.prepare
+from hybridlm.checkpoint import open_text
 from tests.support.recordings import RATE, SILENT, BlockTokenizer, sines, tokens, write_corpus, write_sine
+from tests.support.tiny_audio_model import tiny_tokenizer
+from tests.support.toy_corpus import write_clips
 from tokenizer.audio import read_audio
 from tokenizer.errors import UserError
+from tokenizer.text import TextTokenizer
 from training.corpus import PcmCache, TokenCache, Window, prepare, prepare_audio
+from training.processes import Processes
 from training.shards import ShardReader, ShardWriter, Stream
 
 
@@ -289,3 +295,71 @@ def test_index_is_one_json_line_a_clip(tmp_path: Path) -> None:
     tokens(sines(tmp_path / "in", [0.1, 0.2], text="größe\n2"), tmp_path / "out")
     lines = [json.loads(line) for line in (tmp_path / "out" / "clips.jsonl").read_text("utf-8").splitlines()]
     assert [line["text"] for line in lines] == ["größe\n2"] * 2
+
+
+class Alone(Processes):
+    """One of two processes, the other of which has died."""
+
+    def gather(self, item: Any) -> list[Any]:
+        return [item]
+
+
+def test_what_one_of_two_processes_wrote_is_taken_over_by_any_number(tmp_path: Path) -> None:
+    source = sines(tmp_path / "in", [0.1, 0.2, 0.3, 0.4, 0.5])
+    half = tokens(source, tmp_path / "out", processes=Alone(1, 2))
+    assert half.num_encoded == 2
+    assert not (tmp_path / "out" / "clips.jsonl").exists(), "the first process writes the index"
+    log = tmp_path / "out" / "written.1.jsonl"
+    log.write_bytes(log.read_bytes()[:-5])
+    assert tokens(source, tmp_path / "out").num_encoded == 4, "all but the one whose line is whole"
+    found, wanted = TokenCache(tmp_path / "out"), tokens(source, tmp_path / "one")
+    one = TokenCache(tmp_path / "one", tokenizer=wanted)
+    assert [found[i].key for i in range(5)] == [one[i].key for i in range(5)]
+    assert all(torch.equal(found[i].latents, one[i].latents) for i in range(5))
+    write_sine(tmp_path / "in" / "1.wav", 0.07, hz=900.0)
+    assert tokens(source, tmp_path / "out", processes=Alone(1, 2)).num_encoded == 1, "changed since"
+    assert tokens(source, tmp_path / "out").num_encoded == 0
+    assert [TokenCache(tmp_path / "out").num_frames(i) for i in range(5)] == [10, 7, 30, 40, 50]
+
+
+def test_two_processes_make_the_cache_of_one(tmp_path: Path) -> None:
+    manifest = write_clips(tmp_path / "clips", 5)
+    (tmp_path / "clips" / "1.wav").write_text("no audio")
+    (tmp_path / "clips" / "2.wav").unlink()
+    tiny_tokenizer().save(tmp_path / "tokenizer")
+    options = ["prepare", str(manifest), "--output", str(tmp_path / "two"), "--tokenizer", str(tmp_path / "tokenizer")]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    started = []
+    for rank in range(2):
+        about = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        about |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        command = [sys.executable, "-m", "hybridlm", *options]
+        started.append(subprocess.Popen(command, env={**os.environ, **about}, stderr=subprocess.PIPE, text=True))
+    told = [process.communicate(timeout=300)[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0], told
+    assert "two: 3 clips, 3 of them new" in told[0] and "2 clips skipped" in told[0]
+    assert "clips" not in told[1], "the first process speaks for both"
+    prepare(manifest, tmp_path / "one", tmp_path / "tokenizer", console=SILENT)
+    one, two = TokenCache(tmp_path / "one"), TokenCache(tmp_path / "two")
+    assert [two[i].key for i in range(3)] == ["0.wav", "3.wav", "4.wav"] == [one[i].key for i in range(3)]
+    assert all(torch.equal(one[i].latents, two[i].latents) for i in range(3))
+    shards = {int(two.index.shard[i]) for i in range(3)}
+    assert len(shards) == 2, "both had a part"
+    assert (tmp_path / "two/problems.txt").read_text() == (tmp_path / "one/problems.txt").read_text()
+
+
+def test_letters_of_another_script_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    entries = [{"path": "a.wav", "duration": 0.1, "text": "good morning"}]
+    entries.append({"path": "b.wav", "duration": 0.1, "text": "доброе утро"})
+    source = write_corpus(tmp_path / "in", entries)
+    text = TextTokenizer.train(["good morning"], tmp_path / "text.model", vocab_size=300, tags=[])
+    report = prepare(source, tmp_path / "out", BlockTokenizer(), text=text)
+    assert report.letters is not None
+    assert (report.letters.num_texts, report.letters.num_partly_unknown, report.letters.num_foreign) == (2, 1, 1)
+    assert "1 of 2 texts have letters that the model's text pieces do not know (CYRILLIC 10)" in capsys.readouterr().err
+    assert prepare(source, tmp_path / "out", BlockTokenizer(), console=SILENT).letters is None
+    assert open_text("encodec") is None
+    box = open_text("log-mel:box")
+    assert box is not None and box.letters("доброе утро")[1]
