@@ -21,7 +21,8 @@ from tokenizer.mel import MultiResolutionMelLoss
 from tokenizer.metrics import compare_audio
 from training.corpus import PcmCache, TokenCache
 from training.examples import GOES_ON, clip_seed
-from training.shards import ShardWriter, Stream
+from training.layouts import Stream
+from training.shards import ShardWriter
 
 
 class Part(NamedTuple):

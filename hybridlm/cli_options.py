@@ -32,6 +32,13 @@ class ProbeMethod(str, Enum):
     logistic = "logistic"
 
 
+class CacheFormat(str, Enum):
+    """How tokens lie on disk."""
+
+    rows = "rows"
+    tar = "tar"
+
+
 class TrainingBackend(str, Enum):
     """How the processes of a run share a model."""
 
@@ -57,7 +64,7 @@ TokenizerOption = Annotated[
     ),
 ]
 DataOption = Annotated[
-    Path, typer.Option("--data", metavar="FOLDER_OR_MANIFEST", help="A folder of audio, or a JSONL manifest.")
+    Path, typer.Option("--data", metavar="FOLDER_OR_MANIFEST", help="A folder of audio or tar files, a JSONL manifest.")
 ]
 AdapterOption = Annotated[
     str | None,

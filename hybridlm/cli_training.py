@@ -9,6 +9,7 @@ import typer
 
 from hybridlm.cli_options import (
     AdapterOption,
+    CacheFormat,
     DataOption,
     JsonOption,
     ModelOption,
@@ -41,6 +42,9 @@ def prepare(
     split: Annotated[
         str | None, typer.Option(metavar="NAME", help="Only clips of this split, and those without one.")
     ] = None,
+    format: Annotated[
+        CacheFormat, typer.Option(help="Of tokens: rows, or tar files in WebDataset's layout, for object stores.")
+    ] = CacheFormat.rows,
 ) -> None:
     """Turn a corpus into tokens on disk, to train a language model on."""
     from hybridlm.checkpoint import open_text
@@ -51,11 +55,13 @@ def prepare(
     with joined() as processes:
         shared: dict[str, Any] = {"workers": workers, "split": split, "processes": processes}
         if audio:
+            if format is not CacheFormat.rows:
+                raise UserError("--format tar is of tokens; leave it out with --audio")
             prepare_audio(source, output, sample_rate_hz=sample_rate, **shared)
         else:
             with processes.agreed():
                 text = open_text(tokenizer)
-            prepare_tokens(source, output, tokenizer, text=text, **shared)
+            prepare_tokens(source, output, tokenizer, text=text, layout=format.value, **shared)
 
 
 def train(

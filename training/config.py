@@ -215,13 +215,13 @@ SECTIONS = {
 
 
 def changed_keys(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Dotted names of the settings that differ."""
+    """Dotted names of the settings that differ; one that is new since and switched off does not."""
     names = []
     for key in dict.fromkeys((*saved, *now)):
         old, new = saved.get(key), now.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             names += [f"{key}.{name}" for name in changed_keys(old, new)]
-        elif old != new:
+        elif old != new and (key in saved or new not in (None, False, [], {})):
             names.append(key)
     return names
 

@@ -23,9 +23,10 @@ from tokenizer.errors import UserError
 from tokenizer.frames import AudioFrames, Tokenizer
 from training.index import ClipIndex
 from training.manifest import TagRule
-from training.packing import packed_batches
+from training.packing import packed_batches, shuffled
 from training.prepare import PrepareReport, prepare, prepare_audio
 from training.segments import AudioFiles, PcmCache, SegmentSource
+from training.streaming import front_to_back
 
 __all__ = [
     "AudioFiles",
@@ -38,6 +39,8 @@ __all__ = [
     "prepare",
     "prepare_audio",
 ]
+
+SHUFFLE_BUFFER = 10_000
 
 
 class Window(NamedTuple):
@@ -84,6 +87,7 @@ class TokenCache:
         validation_fraction: Share of the training split that is held back as split `validation`.
         rules: Tags, use of text, and weights by label; see `TagRule`.
         shares: Of each folder among the frames that batches hold, relative to each other; none: as they come.
+        shuffle_buffer: Windows that are shuffled among each other where a folder holds tar files; None: 10,000.
 
     Raises:
         UserError: not such caches, made by different tokenizers, or no clip is left (with shares, of one folder).
@@ -98,6 +102,7 @@ class TokenCache:
         validation_fraction: float = 0.0,
         rules: Sequence[TagRule] = (),
         shares: Sequence[float] = (),
+        shuffle_buffer: int | None = None,
     ) -> None:
         self.index = ClipIndex(folders, "tokens", split=split, validation_fraction=validation_fraction, rules=rules)
         self.shares = np.array(shares, dtype=np.float64) / sum(shares) if shares else None
@@ -109,6 +114,8 @@ class TokenCache:
                         f"{self.shares[number]:.1%} of what is heard; leave it out of the caches"
                     )
         first = self.index.readers[0]
+        self._in_tar = [reader.in_tar for reader in self.index.readers]
+        self._reach = (shuffle_buffer or SHUFFLE_BUFFER) if any(self._in_tar) else None
         self.name = ", ".join(str(reader.folder) for reader in self.index.readers)
         """Its folders."""
         self.tokenizer: str = first.meta["tokenizer"]
@@ -188,9 +195,9 @@ class TokenCache:
         """Read a part of a clip; its text is the whole clip's."""
         index = self.index
         about = index.clip(window.clip)
-        reader, shard = index.readers[int(index.reader[window.clip])], int(index.shard[window.clip])
-        start = int(index.row[window.clip]) + window.start
-        arrays = {name: reader.rows(name, shard, start, start + window.frames) for name in reader.streams}
+        reader, place = index.readers[int(index.reader[window.clip])], index.place(window.clip)
+        stop = window.start + window.frames
+        arrays = {name: reader.rows(name, place, window.start, stop) for name in reader.streams}
         return CachedClip(
             key=about.key,
             split=about.split,
@@ -292,7 +299,7 @@ class TokenCache:
         for epoch in itertools.count():
             rng = np.random.default_rng([seed, epoch])
             windows = self._windows(rng, longest)
-            for rows in packed_batches(windows[:, 2], row_frames, batch_frames, rng):
+            for rows in packed_batches(windows[:, 2], row_frames, batch_frames, rng, self._reach):
                 if number >= 0 and number % world_size == 0:
                     yield [[Window(*window) for window in windows[row].tolist()] for row in rows]
                 number += 1
@@ -303,8 +310,11 @@ class TokenCache:
         pieces = np.where(index.has_text, 1, -(-index.rows // longest))
         weight = index.weight * self._lift(pieces * np.minimum(index.rows, longest))
         copies = np.floor(weight + rng.random(len(index))).astype(np.int64)
-        clips = np.repeat(np.arange(len(index)), copies * pieces)
-        rng.shuffle(clips)
+        if self._reach is None:
+            clips = np.repeat(np.arange(len(index)), copies * pieces)
+            rng.shuffle(clips)
+        else:
+            clips = front_to_back(index, self._in_tar, copies, pieces, self._reach, rng)
         frames = np.minimum(index.rows[clips], longest)
         starts = rng.integers(0, np.where(index.has_text[clips], 0, index.rows[clips] - frames) + 1)
         return np.stack([clips, starts, frames], axis=1)
@@ -345,4 +355,5 @@ class TokenCache:
             missing = -len(ranges) % world_size
             ranges += [ranges[i % len(ranges)] for i in range(missing)]
         groups = [ranges[i : i + world_size] for i in range(0, len(ranges), world_size)]
-        return windows, [groups[i] for i in rng.permutation(len(groups))]
+        reach = None if self._reach is None else self._reach * len(groups) / len(windows)
+        return windows, [groups[i] for i in shuffled(len(groups), reach, rng)]

@@ -16,8 +16,9 @@ import torch
 from tokenizer.errors import UserError
 from training.corpus import TokenCache
 from training.examples import clip_seed
+from training.layouts import Stream
 from training.manifest import TagRule
-from training.shards import ShardWriter, Stream
+from training.shards import ShardWriter
 
 Control = Literal["none", "shuffled", "zeroed"]
 

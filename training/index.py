@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tokenizer.errors import UserError
+from training.layouts import Place
 from training.manifest import Clip, TagRule, apply_rules
 from training.shards import ShardReader
 
@@ -88,6 +89,10 @@ class ClipIndex:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def place(self, clip: int) -> Place:
+        """Where a clip's rows are in its cache."""
+        return Place(int(self.shard[clip]), int(self.row[clip]), int(self.rows[clip]))
 
     def tags(self, clip: int) -> tuple[str, ...]:
         """Tags of a clip."""

@@ -39,8 +39,19 @@ def first_fit(lengths: Sequence[int], capacity: int, widest: int) -> list[list[i
     return rows
 
 
+def shuffled(count: int, reach: float | None, rng: np.random.Generator) -> npt.NDArray[np.int64]:
+    """Numbers below `count` in random order, moved by at most `reach` from where they were; None: anywhere."""
+    if reach is None:
+        return rng.permutation(count)
+    return np.argsort(np.arange(count) + reach * rng.random(count), kind="stable")
+
+
 def packed_batches(
-    lengths: npt.NDArray[np.int64], row_frames: int, batch_frames: int, rng: np.random.Generator
+    lengths: npt.NDArray[np.int64],
+    row_frames: int,
+    batch_frames: int,
+    rng: np.random.Generator,
+    reach: int | None = None,
 ) -> Iterator[list[list[int]]]:
     """An epoch's batches: rows of windows, by number.
 
@@ -49,6 +60,7 @@ def packed_batches(
         row_frames: Most frames of a row.
         batch_frames: Most frames of a batch: so many rows.
         rng: Shuffles the batches.
+        reach: Windows that a batch may move by; None: any.
     """
     batches: list[list[list[int]]] = []
     widest = _MOST_PADDING * batch_frames
@@ -64,5 +76,6 @@ def packed_batches(
             batch.append(pool[row].tolist())
             windows += len(row)
         batches.append(batch)
-    for number in rng.permutation(len(batches)):
+    batches_reach = None if reach is None else reach * len(batches) / len(lengths)
+    for number in shuffled(len(batches), batches_reach, rng):
         yield batches[number]

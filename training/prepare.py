@@ -21,11 +21,12 @@ from tokenizer.files import replacing
 from tokenizer.frames import AudioFrames, Tokenizer
 from tokenizer.text import TextTokenizer
 from training.background import in_order
+from training.layouts import CacheLayout, Stream
 from training.letters import Letters, letters_of
 from training.manifest import Clip, Manifest, read_manifest
 from training.processes import Processes
 from training.progress import ClipMeter
-from training.shards import ShardWriter, Stream
+from training.shards import ShardWriter
 
 Arrays = dict[str, npt.NDArray[Any]]
 _PIECE_S = 20.0
@@ -99,6 +100,7 @@ def prepare(
     latent_dtype: Literal["float16", "float32"] = "float16",
     features: bool = True,
     text: TextTokenizer | None = None,
+    layout: CacheLayout = "rows",
     console: Console | None = None,
     processes: Processes | None = None,
 ) -> PrepareReport:
@@ -116,6 +118,8 @@ def prepare(
         latent_dtype: How latents and features are stored.
         features: Whether features are stored, where the tokenizer has any.
         text: Pieces against which the letters of the texts are checked.
+        layout: `rows` to read from in any order, or `tar`: tar files in WebDataset's layout, which training reads from
+            front to back.
         console: Where progress and problems go; standard error by default.
         processes: That share the work, all with the same arguments, on a folder that all see; one by default.
 
@@ -137,7 +141,7 @@ def prepare(
     }
 
     def open_writer(rank: int) -> ShardWriter:
-        return ShardWriter(Path(output), kind="tokens", streams=streams, about=about, rank=rank)
+        return ShardWriter(Path(output), kind="tokens", streams=streams, about=about, layout=layout, rank=rank)
 
     return _fill(open_writer, source, encode, encoder.frame_rate_hz, workers, split, console, processes, text)
 
@@ -297,7 +301,7 @@ def _write(
                 share.problems[clip.key] = str(result)
                 meter.advance(clip, 0.0)
                 continue
-            writer.append(clip.key, stamps[clip.key], result)
+            writer.append(clip.key, stamps[clip.key], result, _record(clip))
             duration = len(next(iter(result.values()))) / rows_per_second
             share.num_written, share.seconds = share.num_written + 1, share.seconds + duration
             meter.advance(clip, duration)

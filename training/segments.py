@@ -100,10 +100,10 @@ class PcmCache:
     def read(self, clip: int, start: int = 0, num_samples: int | None = None) -> Float[Tensor, "1 S"]:
         """Samples of a clip from `start` on; fewer where it ends before."""
         index = self.index
-        row, rows = int(index.row[clip]), int(index.rows[clip])
+        rows = int(index.rows[clip])
         stop = rows if num_samples is None else min(start + num_samples, rows)
         reader = index.readers[int(index.reader[clip])]
-        samples = reader.rows("audio", int(index.shard[clip]), row + start, row + stop)
+        samples = reader.rows("audio", index.place(clip), start, stop)
         return torch.from_numpy(samples[:, 0].astype(np.float32) / 32767.0)[None]
 
     def segments(

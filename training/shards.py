@@ -3,7 +3,8 @@
 A cache is a folder:
 
     meta.json         what it holds: kind, streams (dtype and width of a row), and who made it
-    00000.NAME.bin    rows of one stream, clip after clip, up to a bounded number of rows a shard
+    00000.NAME.bin    rows of one stream, clip after clip, up to a bounded number of rows a shard; or 00000.tar
+                      (`training.layouts`)
     written.jsonl     a line for each clip whose rows are complete; appended after the rows are
     clips.jsonl       the index: place, text, tags and labels of each clip; written at the end, as a whole
 
@@ -19,44 +20,19 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 from tokenizer.errors import UserError
 from tokenizer.files import replacing
+from training.layouts import CacheLayout, Place, Stream, layout_of
 
 FORMAT_VERSION = 1
 _SHARDS_A_RANK = 100_000
 _MAX_SHARD_BYTES = 1 << 30
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Stream:
-    """One array of a clip: `width` numbers a row."""
-
-    dtype: str
-    width: int
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of a row."""
-        return np.dtype(self.dtype).itemsize * self.width
-
-
-class Place(NamedTuple):
-    """Where a clip's rows are."""
-
-    shard: int
-    row: int
-    rows: int
-
-
-def _shard_path(folder: Path, shard: int, name: str) -> Path:
-    return folder / f"{shard:05d}.{name}.bin"
 
 
 def _full(folder: Path, error: OSError) -> UserError:
@@ -72,7 +48,8 @@ class ShardWriter:
         kind: `audio` or `tokens`.
         streams: Arrays of a clip, by name; all have the same number of rows.
         about: What else `meta.json` says; must be equal when writing goes on.
-        max_rows: Rows a shard; a longer clip has a shard of its own. By default a shard has at most about 1 GiB.
+        max_rows: Rows (blocks of tar files) a shard; a longer clip has a shard of its own. By default about 1 GiB.
+        layout: Of the files.
         rank: Of this writer, among those that fill the folder at once.
 
     Raises:
@@ -87,14 +64,16 @@ class ShardWriter:
         streams: Mapping[str, Stream],
         about: Mapping[str, Any],
         max_rows: int | None = None,
+        layout: CacheLayout = "rows",
         rank: int = 0,
     ) -> None:
         self.folder = folder
         self._rank = rank
         self.streams = dict(streams)
-        self._max_rows = max_rows or max(_MAX_SHARD_BYTES // max(s.row_bytes for s in streams.values()), 1)
+        self._layout = layout_of(layout, self.streams)
+        self._max_units = max_rows or max(_MAX_SHARD_BYTES // max(self._layout.files(folder, 0).values()), 1)
         self._stack = ExitStack()
-        self._files: dict[str, BinaryIO] = {}
+        self._files: list[BinaryIO] = []
         self.places: dict[str, tuple[str, Place]] = {}
         """Complete clips: key to stamp and place."""
         meta = {
@@ -102,6 +81,7 @@ class ShardWriter:
             "kind": kind,
             **about,
             "streams": {name: {"dtype": s.dtype, "width": s.width} for name, s in streams.items()},
+            "layout": layout,
         }
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -121,7 +101,12 @@ class ShardWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stack.close()
+        try:
+            self._end_shard()
+        except OSError as error:
+            raise _full(self.folder, error) from error
+        finally:
+            self._stack.close()
 
     @property
     def _log_path(self) -> Path:
@@ -143,7 +128,7 @@ class ShardWriter:
         if path.is_file():
             found = read_meta(self.folder)
             for key, value in meta.items():
-                if found.get(key) != value:
+                if found.get(key, "rows" if key == "layout" else None) != value:
                     raise UserError(
                         f"{self.folder} was made with {key}={found.get(key)}, but {value} is asked for; "
                         "choose another output folder, or delete this one"
@@ -157,21 +142,21 @@ class ShardWriter:
         self._shard, self._row = self._rank * _SHARDS_A_RANK, 0
         if self._log_path.is_file():
             valid = 0
-            for key, stamp, place, end in self._complete(self._log_path):
+            for key, stamp, place, units, end in self._complete(self._log_path):
                 self.places[key] = (stamp, place)
-                self._shard, self._row, valid = place.shard, place.row + place.rows, end
+                self._shard, self._row, valid = place.shard, place.row + units, end
             os.truncate(self._log_path, valid)
-        for name, stream in self.streams.items():
-            path = _shard_path(self.folder, self._shard, name)
+        for path, unit in self._layout.files(self.folder, self._shard).items():
             if path.is_file():
-                os.truncate(path, self._row * stream.row_bytes)
-            later = self._shard + 1
-            while _shard_path(self.folder, later, name).is_file():
-                _shard_path(self.folder, later, name).unlink()
-                later += 1
+                os.truncate(path, self._row * unit)
+        later = self._shard + 1
+        while left := [path for path in self._layout.files(self.folder, later) if path.is_file()]:
+            for path in left:
+                path.unlink()
+            later += 1
 
-    def _complete(self, log: Path) -> Iterator[tuple[str, str, Place, int]]:
-        """Key, stamp and place of the clips of a log that are whole, and where in the log each one's line ends."""
+    def _complete(self, log: Path) -> Iterator[tuple[str, str, Place, int, int]]:
+        """Key, stamp, place and units of the clips of a log that are whole, and where in the log each line ends."""
         sizes: dict[int, int] = {}
         end = 0
         with log.open("rb") as file:
@@ -183,43 +168,48 @@ class ShardWriter:
                 if entry is None:
                     return
                 place = Place(entry["shard"], entry["row"], entry["rows"])
-                if place.row + place.rows > sizes.get(place.shard, -1):  # a shard that is being written has grown since
-                    sizes[place.shard] = self._rows_on_disk(place.shard)
-                if place.row + place.rows > sizes[place.shard]:  # the machine, not just the program, went down
+                units = entry.get("units", place.rows)
+                if place.row + units > sizes.get(place.shard, -1):  # a shard that is being written has grown since
+                    sizes[place.shard] = self._units_on_disk(place.shard)
+                if place.row + units > sizes[place.shard]:  # the machine, not just the program, went down
                     return
                 end += len(line)
-                yield entry["key"], entry["stamp"], place, end
+                yield entry["key"], entry["stamp"], place, units, end
 
     def take_over(self, stamps: Mapping[str, str]) -> None:
         """Know also what other writers have completed so far of the clips with these stamps, by key."""
         for log in sorted(self.folder.glob("written*.jsonl")):
             if log == self._log_path:
                 continue
-            for key, stamp, place, _ in self._complete(log):
+            for key, stamp, place, _, _ in self._complete(log):
                 if stamps.get(key) == stamp and self.places.get(key, ("", None))[0] != stamp:
                     self.places[key] = (stamp, place)
 
-    def _rows_on_disk(self, shard: int) -> int:
-        paths = {name: _shard_path(self.folder, shard, name) for name in self.streams}
-        return min(
-            path.stat().st_size // self.streams[name].row_bytes if path.is_file() else 0 for name, path in paths.items()
-        )
+    def _units_on_disk(self, shard: int) -> int:
+        files = self._layout.files(self.folder, shard)
+        return min(path.stat().st_size // unit if path.is_file() else 0 for path, unit in files.items())
 
     def _open_shard(self) -> None:
-        for file in self._files.values():
-            file.close()
-        self._files = {
-            name: self._stack.enter_context(_shard_path(self.folder, self._shard, name).open("ab"))
-            for name in self.streams
-        }
+        self._end_shard()
+        files = self._layout.files(self.folder, self._shard)
+        self._files = [self._stack.enter_context(path.open("ab")) for path in files]
 
-    def append(self, key: str, stamp: str, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+    def _end_shard(self) -> None:
+        for file in self._files:
+            file.write(self._layout.ending())
+            file.close()
+        self._files = []
+
+    def append(
+        self, key: str, stamp: str, arrays: Mapping[str, npt.NDArray[Any]], about: Mapping[str, Any] | None = None
+    ) -> None:
         """Add a clip; an earlier clip of the same key is forgotten.
 
         Args:
             key: Names the clip.
             stamp: Tells versions of the clip's source apart.
             arrays: One (rows, width) array a stream.
+            about: What tar files say of it beside its frames; training reads the index.
 
         Raises:
             UserError: when the disk is full; the cache stays as it was before this clip.
@@ -228,21 +218,28 @@ class ShardWriter:
         assert arrays.keys() == self.streams.keys(), "one array a stream"
         assert len(rows) == 1, "equally many rows in all"
         place = Place(self._shard, self._row, rows.pop())
+        stored = {
+            name: np.ascontiguousarray(arrays[name], dtype=stream.dtype).reshape(place.rows, stream.width)
+            for name, stream in self.streams.items()
+        }
+        facts = {"key": key, **(about or {})}
         try:
-            if self._row and self._row + place.rows > self._max_rows:
+            units, parts = self._layout.encoded(place, stored, facts)
+            if self._row and self._row + units > self._max_units:
                 place = Place(self._shard + 1, 0, place.rows)
+                units, parts = self._layout.encoded(place, stored, facts)
                 self._shard = place.shard
                 self._open_shard()
-            for name, stream in self.streams.items():
-                array = np.ascontiguousarray(arrays[name], dtype=stream.dtype).reshape(place.rows, stream.width)
-                self._files[name].write(array.data.cast("B") if array.size else b"")
-                self._files[name].flush()
-            line = json.dumps({"key": key, "stamp": stamp, **place._asdict()}, ensure_ascii=False)
-            self._log.write(line.encode() + b"\n")
+            for file, part in zip(self._files, parts, strict=True):
+                file.write(part)
+                file.flush()
+            entry = {"key": key, "stamp": stamp, **place._asdict()}
+            entry |= {"units": units} if units != place.rows else {}
+            self._log.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
             self._log.flush()
         except OSError as error:
             raise _full(self.folder, error) from error
-        self._row = place.row + place.rows
+        self._row = place.row + units
         self.places[key] = (stamp, place)
 
     def finish(self, records: Iterable[tuple[str, Mapping[str, Any]]]) -> int:
@@ -293,10 +290,13 @@ class ShardReader:
         if self.meta["kind"] != kind:
             raise UserError(f"{folder} is a cache of {self.meta['kind']}, but must be one of {kind}")
         self.streams = {name: Stream(**stream) for name, stream in self.meta["streams"].items()}
+        self.in_tar = self.meta.get("layout") == "tar"
+        """Whether it is to be read from front to back."""
+        self._layout = layout_of("tar" if self.in_tar else "rows", self.streams)
         self._index = folder / "clips.jsonl"
         if not self._index.is_file():
             raise UserError(f"{folder} is not complete (it has no clips.jsonl); prepare it again, it will go on")
-        self._maps: dict[tuple[str, int], npt.NDArray[Any]] = {}
+        self._maps: dict[Path, npt.NDArray[Any]] = {}
 
     def lines(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """The index: byte offset and content of each line."""
@@ -312,20 +312,21 @@ class ShardReader:
             file.seek(offset)
             return dict(json.loads(file.readline()))
 
-    def rows(self, name: str, shard: int, start: int, stop: int) -> npt.NDArray[Any]:
-        """Rows [start, stop) of a stream, (rows, width); a view of the file.
+    def rows(self, name: str, place: Place, start: int, stop: int) -> npt.NDArray[Any]:
+        """Rows [start, stop) of a clip's stream, (rows, width); a view of the file.
 
         Raises:
             UserError: when the file is shorter than the index says.
         """
         stream = self.streams[name]
-        if (name, shard) not in self._maps:
-            path = _shard_path(self.folder, shard, name)
+        found = self._layout.where(self.folder, name, place, start, stop)
+        path = found.path
+        if path not in self._maps:
             if not path.is_file():
                 raise UserError(f"{path} is missing; prepare {self.folder} again")
-            flat = np.memmap(path, dtype=stream.dtype, mode="r") if path.stat().st_size else np.zeros(0, stream.dtype)
-            self._maps[name, shard] = flat[: len(flat) // stream.width * stream.width].reshape(-1, stream.width)
-        mapped = self._maps[name, shard]
-        if stop > len(mapped):
-            raise UserError(f"{_shard_path(self.folder, shard, name)} is cut short; prepare {self.folder} again")
-        return mapped[start:stop]
+            size = path.stat().st_size
+            self._maps[path] = np.memmap(path, dtype=np.uint8, mode="r") if size else np.zeros(0, np.uint8)
+        mapped = self._maps[path]
+        if found.stop > len(mapped):
+            raise UserError(f"{path} is cut short; prepare {self.folder} again")
+        return mapped[found.start : found.stop].view(stream.dtype).reshape(-1, stream.width)

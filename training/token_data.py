@@ -23,6 +23,9 @@ class TokenDataConfig:
     """Tags, use of text and weights by label; none: clips as the caches hold them."""
     validation_fraction: float = 0.02
     """Share of the training split held back for validation."""
+    shuffle_buffer: int | None = None
+    """Windows that are shuffled among each other where a cache is in tar files, which are read from front to back.
+    None: 10,000. Caches in rows are shuffled whole."""
     batch_frames: int = 4000
     """Frames a micro-batch, padding counted."""
     max_frames: int = 750
@@ -33,8 +36,8 @@ class TokenDataConfig:
     def __post_init__(self) -> None:
         if not self.caches:
             raise ValueError("caches=[] must name at least one folder made by `hybridlm prepare`")
-        for name in ("batch_frames", "max_frames", "validation_frames"):
-            if getattr(self, name) < 1:
+        for name in ("batch_frames", "max_frames", "validation_frames", "shuffle_buffer"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.weights and (len(self.weights) != len(self.caches) or min(self.weights) <= 0):
             raise ValueError(
@@ -72,4 +75,5 @@ def open_frames(data: TokenDataConfig, split: str, tokenizer: Tokenizer) -> Toke
         validation_fraction=data.validation_fraction,
         rules=data.rules,
         shares=data.weights if split == "train" else (),
+        shuffle_buffer=data.shuffle_buffer,
     )

@@ -5,7 +5,6 @@ import socket
 import subprocess
 import sys
 import textwrap
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,9 @@ from tokenizer.audio import read_audio
 from tokenizer.errors import UserError
 from tokenizer.text import TextTokenizer
 from training.corpus import PcmCache, TokenCache, Window, prepare, prepare_audio
+from training.layouts import Place, Stream
 from training.processes import Processes
-from training.shards import ShardReader, ShardWriter, Stream
+from training.shards import ShardReader, ShardWriter
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -124,9 +124,10 @@ def test_clip_that_went_bad_leaves_the_index(tmp_path: Path) -> None:
     assert [cache[i].key for i in range(len(cache))] == ["1.wav"]
 
 
-def test_killed_run_goes_on_and_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", ["rows", "tar"])
+def test_killed_run_goes_on_and_equals_an_uninterrupted_one(tmp_path: Path, layout: str) -> None:
     source = sines(tmp_path / "in", [0.1, 0.3, 0.2, 0.4, 0.1])
-    tokens(source, tmp_path / "whole")
+    tokens(source, tmp_path / "whole", layout=layout)
     script = textwrap.dedent(
         f"""
         import os, signal
@@ -135,16 +136,16 @@ def test_killed_run_goes_on_and_equals_an_uninterrupted_one(tmp_path: Path) -> N
         from training.shards import ShardWriter
 
         append = ShardWriter.append
-        def killed(self, key, stamp, arrays):
+        def killed(self, key, *values):
             if key == "3.wav":  # half of a clip's rows are out when the power goes
-                self._files["codes"].write(b"torn rows")
-                self._files["codes"].flush()
+                self._files[0].write(b"torn rows")
+                self._files[0].flush()
                 self._log.write(b'{{"key": "3.w')
                 self._log.flush()
                 os.kill(os.getpid(), signal.SIGKILL)
-            append(self, key, stamp, arrays)
+            append(self, key, *values)
         ShardWriter.append = killed
-        prepare({str(source)!r}, {str(tmp_path / "cut")!r}, BlockTokenizer())
+        prepare({str(source)!r}, {str(tmp_path / "cut")!r}, BlockTokenizer(), layout={layout!r})
         """
     )
     root = Path(__file__).parents[2]
@@ -153,7 +154,7 @@ def test_killed_run_goes_on_and_equals_an_uninterrupted_one(tmp_path: Path) -> N
     assert killed.returncode == -9, killed.stderr.decode()
     with pytest.raises(UserError, match=r"is not complete \(it has no clips.jsonl\)"):
         TokenCache(tmp_path / "cut")
-    assert tokens(source, tmp_path / "cut").num_encoded == 2
+    assert tokens(source, tmp_path / "cut", layout=layout).num_encoded == 2
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
@@ -217,7 +218,8 @@ def test_two_writers_are_refused(tmp_path: Path) -> None:
         tokens(source, tmp_path / "out")
 
 
-def test_full_disk_keeps_what_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("layout", ["rows", "tar"])
+def test_full_disk_keeps_what_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
     source = sines(tmp_path / "in", [0.1, 0.2, 0.3])
     append = ShardWriter.append
 
@@ -225,17 +227,17 @@ def test_full_disk_keeps_what_is_complete(tmp_path: Path, monkeypatch: pytest.Mo
         def write(self, _: object) -> int:
             raise OSError(28, "No space left on device")
 
-    def full(self: ShardWriter, key: str, stamp: str, arrays: Mapping[str, Any]) -> None:
+    def full(self: ShardWriter, key: str, *values: Any) -> None:
         if key == "2.wav":
-            self._files["latents"] = Full()
-        append(self, key, stamp, arrays)
+            self._files[-1] = Full()
+        append(self, key, *values)
 
     with monkeypatch.context() as patch:
         patch.setattr(ShardWriter, "append", full)
         with pytest.raises(UserError, match="No space left on device; what is complete stays"):
-            tokens(source, tmp_path / "out")
-    assert tokens(source, tmp_path / "out").num_encoded == 1
-    tokens(source, tmp_path / "whole")
+            tokens(source, tmp_path / "out", layout=layout)
+    assert tokens(source, tmp_path / "out", layout=layout).num_encoded == 1
+    tokens(source, tmp_path / "whole", layout=layout)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
@@ -274,7 +276,7 @@ def test_shards_give_back_what_went_in_wherever_writing_was_cut(
         assert reader.line(offset) == line
         wanted = clips[line["key"]]
         for name in streams:
-            rows = reader.rows(name, line["shard"], line["row"], line["row"] + line["rows"])
+            rows = reader.rows(name, Place(line["shard"], line["row"], line["rows"]), 0, line["rows"])
             np.testing.assert_array_equal(rows, wanted[name])
     for path in folder.glob("*.a.bin"):
         assert path.stat().st_size <= 10 * streams["a"].row_bytes

@@ -14,7 +14,7 @@ import torch
 import training.state
 from tests.support.toy_task import ToyTask
 from tokenizer.errors import UserError
-from training.config import OptimizerConfig, RunConfig
+from training.config import OptimizerConfig, RunConfig, changed_keys
 from training.loop import fit
 from training.state import checkpoints
 
@@ -229,3 +229,10 @@ def test_what_fits_starts_a_run_of_another_shape_when_asked(tmp_path: Path, caps
     torch.testing.assert_close(second.model[3].weight, first.model[3].weight)
     torch.testing.assert_close(second.model[4].weight, still)
     assert "model (but for 2 of 7 tensors)" in capsys.readouterr().err
+
+
+def test_a_setting_that_is_new_and_off_has_not_changed() -> None:
+    old = {"seed": 0, "data": {"caches": ["a"]}}
+    assert changed_keys(old, {"seed": 0, "data": {"caches": ["a"], "weights": [], "pack_frames": None}}) == []
+    assert changed_keys(old, {"seed": 0, "data": {"caches": ["a"], "pack_frames": 9}}) == ["data.pack_frames"]
+    assert changed_keys({**old, "new": [1]}, {**old, "new": []}) == ["new"]
