@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from hybridlm.cache import KeyValueCache
 from hybridlm.config import ModelConfig
-from hybridlm.packing import PackedKernel, Packing, packed_kernel
+from hybridlm.packing import PackedAttention, PackedKernel, Packing, packed_kernel
 from tokenizer.transformer import SwiGLU, rotary, rotate
 
 AttentionBackend = Literal["sdpa", "flash-attn"]
@@ -71,7 +71,7 @@ class Attention(nn.Module):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        mask: Tensor | Packing | None,
+        mask: Tensor | PackedAttention | None,
         cache: KeyValueCache | None,
         text: TextKeys | None = None,
     ) -> tuple[Tensor, Tensor | None]:
@@ -88,16 +88,11 @@ class Attention(nn.Module):
         half = dtype in (torch.float16, torch.bfloat16)
         return packed_kernel(device_type, half=half, flash=self.backend == "flash-attn", head_dim=self.head_dim)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Packing | None) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | PackedAttention | None) -> Tensor:
         batch, num_heads, length, head_dim = q.shape
         group = num_heads // self.num_kv_heads
-        if isinstance(mask, Packing):
-            kernel = self.packed_kernel(q.device.type, q.dtype)
-            if kernel == "flash-attn varlen":
-                return mask.flash(q, k, v)
-            if kernel == "FlexAttention":
-                return mask.flex(q, k, v)
-            mask = mask.dense_mask()
+        if mask is not None and not isinstance(mask, Tensor):
+            return mask(q, k, v)
         if length == 1:
             # The heads of a group share their keys, so they are the "positions" of one query: nothing is repeated.
             grouped = q.reshape(batch, self.num_kv_heads, group, head_dim)
@@ -170,7 +165,7 @@ class DecoderLayer(nn.Module):
         self,
         x: Tensor,
         rotation: tuple[Tensor, Tensor],
-        mask: Tensor | Packing | None,
+        mask: Tensor | PackedAttention | None,
         cache: KeyValueCache | None,
         text: TextKeys | None,
     ) -> tuple[Tensor, Tensor | None]:
@@ -246,10 +241,10 @@ class Decoder(nn.Module):
         """
         if x.is_cuda and any(layer.compiled for layer in self.layers):
             torch.compiler.cudagraph_mark_step_begin()  # what graphs made is kept until here
-        mask: Tensor | Packing | None = packing
         if packing is None:
-            mask = self.visible(x, key_mask, cache)
+            mask: Tensor | PackedAttention | None = self.visible(x, key_mask, cache)
         else:
+            mask = packing.mask()
             x, positions, after_layer = packing.pack(x), packing.positions, packing.within(after_layer)
         x, alignment = self.run(
             range(len(self.layers)),
@@ -268,7 +263,7 @@ class Decoder(nn.Module):
         numbers: range,
         x: Float[Tensor, "B L C"],
         rotation: tuple[Tensor, Tensor],
-        mask: Bool[Tensor, "B 1 L N"] | Bool[Tensor, "1 1 L N"] | Packing | None,
+        mask: Bool[Tensor, "B 1 L N"] | Bool[Tensor, "1 1 L N"] | PackedAttention | None,
         *,
         cache: KeyValueCache | None = None,
         text: TextKeys | None = None,

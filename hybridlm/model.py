@@ -28,7 +28,7 @@ from hybridlm.frame_nll import FrameNLL
 from hybridlm.fusion import CodeEmbedding, FrameFusion, FrameStatistics, ShortContext, history_noise
 from hybridlm.latent_head import GaussianMixture, LatentHead
 from hybridlm.model_cache import ModelCache
-from hybridlm.packing import Packing, row_multiple
+from hybridlm.packing import Packing
 from hybridlm.reader import Guide, Reading, TextReader, place_loss
 from hybridlm.walk import Walk, walk
 from tokenizer.frames import AudioFrames
@@ -323,7 +323,7 @@ class HybridLM(nn.Module):
         """Documents of what is visible of the prefix and of real frames."""
         valid = torch.arange(frames.latents.shape[1], device=rows.device) < frames.lengths[:, None]
         kernel = self.decoder.layers[0].attention.packed_kernel(x.device.type, self.decoder.dtype(x))
-        return Packing.of(rows, torch.cat([prefix_mask, valid], dim=1), row_multiple(kernel))
+        return Packing.of(rows, torch.cat([prefix_mask, valid], dim=1), kernel)
 
     def _walk(self, reading: Reading | None, x: Tensor, positions: Tensor, key_mask: Tensor | None) -> Walk | None:
         """The way through the text, where there is a reader and any text; without, no place makes a difference."""

@@ -11,12 +11,12 @@ Shapes: B documents, L columns of a document, R rows, N columns of a row, M real
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -60,18 +60,19 @@ class Packing:
     """Real positions of the longest document."""
     shape: tuple[int, int]
     """B and L."""
-    _masks: dict[str, Any] = field(default_factory=dict, repr=False)
-    """Made once for all layers."""
+    kernel: PackedKernel
+    """What attends."""
 
     @classmethod
-    def of(cls, rows: Int[Tensor, " B"], real: Bool[Tensor, "B L"], multiple: int = 1) -> Packing:
+    def of(cls, rows: Int[Tensor, " B"], real: Bool[Tensor, "B L"], kernel: PackedKernel) -> Packing:
         """Put documents behind each other.
 
         Args:
             rows: The row of each document; documents of a row keep their order.
             real: Columns that are part of a document; each has one at least.
-            multiple: The length of a row is rounded up to a multiple of it.
+            kernel: What attends; FlexAttention gets rows of whole blocks.
         """
+        multiple = _FLEX_BLOCK if kernel == "FlexAttention" else 1
         order = rows.argsort(stable=True)
         lengths = real.sum(dim=1)  # (B,)
         ends = F.pad(lengths[order].cumsum(dim=0), (1, 0))  # (B + 1,)
@@ -94,6 +95,7 @@ class Packing:
             ends=ends,
             longest=int(lengths.max()),
             shape=(real.shape[0], real.shape[1]),
+            kernel=kernel,
         )
 
     def pack(self, x: Tensor) -> Tensor:
@@ -122,47 +124,65 @@ class Packing:
 
         return packed
 
-    def flex(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Causal attention within documents: (R, H, N, E) queries of grouped keys and values to (R, N, H * E)."""
-        grouped = q.shape[1] != k.shape[1]
-        y = _flex(q.is_cuda)(q, k, v, block_mask=self._block_mask(q.device), enable_gqa=grouped)
-        return y.transpose(1, 2).flatten(2)
-
-    def flash(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """As `flex`; flash-attn takes the documents one after another, without rows or padding."""
-        from flash_attn import flash_attn_varlen_func
-
-        rows, columns = self.documents.shape
-        flat = [x.transpose(1, 2).flatten(0, 1)[self.target] for x in (q, k, v)]  # (M, H, E)
-        ends = self.ends.to(torch.int32)
-        y = flash_attn_varlen_func(*flat, ends, ends, self.longest, self.longest, causal=True)
-        y = y.flatten(1)  # (M, H * E)
-        return y.new_zeros(rows * columns, y.shape[1]).index_copy(0, self.target, y).view(rows, columns, -1)
+    def mask(self) -> Bool[Tensor, "R 1 N N"] | PackedAttention:
+        """What layers take as their mask, made once for all of them."""
+        if self.kernel == "flash-attn varlen":
+            return Varlen(self)
+        return Flex(self) if self.kernel == "FlexAttention" else self.dense_mask()
 
     def dense_mask(self) -> Bool[Tensor, "R 1 N N"]:
         """True where a column may look; columns without a document see each other, for a softmax needs something."""
-        if "dense" not in self._masks:
-            same = self.documents[:, :, None] == self.documents[:, None, :]
-            self._masks["dense"] = same.tril()[:, None]
-        return self._masks["dense"]
-
-    def _block_mask(self, device: torch.device) -> Any:
-        if "blocks" not in self._masks:
-            from torch.nn.attention.flex_attention import create_block_mask
-
-            documents = self.documents
-            rows, columns = documents.shape
-            self._masks["blocks"] = create_block_mask(
-                lambda row, _, query, key: (documents[row, query] == documents[row, key]) & (query >= key),
-                *(rows, None, columns, columns),
-                device=str(device),
-            )
-        return self._masks["blocks"]
+        same = self.documents[:, :, None] == self.documents[:, None, :]
+        return same.tril()[:, None]
 
 
-def row_multiple(kernel: PackedKernel) -> int:
-    """What the length of a row should be a multiple of."""
-    return _FLEX_BLOCK if kernel == "FlexAttention" else 1
+@runtime_checkable
+class PackedAttention(Protocol):
+    """Attends within documents."""
+
+    def __call__(
+        self, q: Float[Tensor, "R H N E"], k: Float[Tensor, "R G N E"], v: Float[Tensor, "R G N E"]
+    ) -> Float[Tensor, "R N _"]:
+        """Causal attention of queries to grouped keys and values, heads joined."""
+        ...
+
+
+class Varlen:
+    """By flash-attn, which takes documents one after another, without rows or padding."""
+
+    def __init__(self, packing: Packing) -> None:
+        self._target, self._shape = packing.target, tuple(packing.documents.shape)
+        self._ends, self._longest = packing.ends.to(torch.int32), packing.longest
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See `PackedAttention`."""
+        from flash_attn import flash_attn_varlen_func
+
+        flat = [x.transpose(1, 2).flatten(0, 1)[self._target] for x in (q, k, v)]  # (M, H, E)
+        limits = (self._ends, self._ends, self._longest, self._longest)
+        y = flash_attn_varlen_func(*flat, *limits, causal=True).flatten(1)  # (M, H * E)
+        rows, columns = self._shape
+        return y.new_zeros(rows * columns, y.shape[1]).index_copy(0, self._target, y).view(rows, columns, -1)
+
+
+class Flex:
+    """By FlexAttention, which leaves out blocks in which nobody sees anybody."""
+
+    def __init__(self, packing: Packing) -> None:
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        documents = packing.documents
+        rows, columns = documents.shape
+        self._blocks = create_block_mask(
+            lambda row, _, query, key: (documents[row, query] == documents[row, key]) & (query >= key),
+            *(rows, None, columns, columns),
+            device=str(documents.device),
+        )
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See `PackedAttention`."""
+        grouped = q.shape[1] != k.shape[1]
+        return _flex(q.is_cuda)(q, k, v, block_mask=self._blocks, enable_gqa=grouped).transpose(1, 2).flatten(2)
 
 
 @lru_cache(maxsize=2)

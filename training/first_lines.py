@@ -30,7 +30,7 @@ def notes_on_data(task: Task, backend: Replicas) -> list[str]:
     if not isinstance(task, LanguageTask):
         return []
     data, model = task.config.data, task.model
-    lines = task.train_data.mixture(data.max_frames) if data.weights else []
+    lines = task.train_data.mixture(min(data.max_frames, model.config.max_frames)) if data.weights else []
     if data.pack_frames is not None:
         attention = model.decoder.layers[0].attention
         kernel = attention.packed_kernel(backend.device.type, backend.dtype or torch.float32)

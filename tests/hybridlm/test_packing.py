@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import types
 from typing import Any
@@ -83,15 +84,15 @@ def test_no_document_hears_another(variant: str) -> None:
 
 def test_positions_restart_and_rows_keep_their_order() -> None:
     real = torch.tensor([[False, True, True, False], [True, True, True, True], [False, False, True, True]])
-    packing = Packing.of(ROWS, real)
+    packing = Packing.of(ROWS, real, "SDPA with a block mask")
     assert packing.documents.tolist() == [[1, 1, 1, 1], [0, 0, 2, 2]]
     assert packing.positions.tolist() == [[0, 1, 2, 3], [0, 1, 0, 1]]
     assert (packing.ends.tolist(), packing.longest) == ([0, 4, 6, 8], 4)
     x = torch.arange(12.0).view(3, 4, 1)
     assert packing.pack(x)[..., 0].tolist() == [[4, 5, 6, 7], [1, 2, 10, 11]]
     assert torch.equal(packing.unpack(packing.pack(x)), x * real[..., None])
-    padded = Packing.of(ROWS, real, multiple=3)
-    assert padded.documents.tolist() == [[1, 1, 1, 1, -1, -1], [0, 0, 2, 2, -1, -1]]
+    padded = Packing.of(ROWS, real, "FlexAttention")
+    assert torch.equal(padded.documents, F.pad(packing.documents, (0, 124), value=-1)), "whole blocks"
 
 
 def queries(packing: Packing) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,11 +112,11 @@ def expected(packing: Packing, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def test_flex_attention_and_varlen_calls_say_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """FlexAttention as it is on a CPU; of flash-attn only what it is asked, for it needs a GPU."""
     real = torch.rand(7, 20, generator=torch.Generator().manual_seed(1)) < 0.6
-    packing = Packing.of(torch.tensor([2, 0, 1, 1, 2, 0, 0]), real, multiple=16)
+    packing = Packing.of(torch.tensor([2, 0, 1, 1, 2, 0, 0]), real, "FlexAttention")
     q, k, v = queries(packing)
     wanted = expected(packing, q, k, v)
     there = (packing.documents >= 0)[..., None]
-    torch.testing.assert_close(packing.flex(q, k, v) * there, wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(packing.mask()(q, k, v) * there, wanted, rtol=0, atol=1e-5)
 
     def varlen(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, ends_k: Tensor, longest: int, *rest: Any, causal: bool):
         assert causal and ends.dtype == torch.int32 and torch.equal(ends, ends_k) and rest == (longest,)
@@ -127,10 +128,11 @@ def test_flex_attention_and_varlen_calls_say_the_same(monkeypatch: pytest.Monkey
             parts.append(F.scaled_dot_product_attention(*one, is_causal=True)[0].transpose(0, 1))
         return torch.cat(parts)
 
+    varlen_packing = dataclasses.replace(packing, kernel="flash-attn varlen")
     stub = types.ModuleType("flash_attn")
     stub.flash_attn_varlen_func = varlen  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flash_attn", stub)
-    torch.testing.assert_close(packing.flash(q, k, v), wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(varlen_packing.mask()(q, k, v), wanted, rtol=0, atol=1e-5)
 
 
 def test_which_kernel_attends() -> None:
