@@ -9,12 +9,13 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from hybridlm.cache import KeyValueCache
 from hybridlm.config import ModelConfig
@@ -22,6 +23,7 @@ from hybridlm.packing import PackedAttention, PackedKernel, Packing, packed_kern
 from tokenizer.transformer import SwiGLU, rotary, rotate
 
 AttentionBackend = Literal["sdpa", "flash-attn"]
+Result = TypeVar("Result")
 INIT_STD = 0.02
 
 
@@ -207,6 +209,8 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_dim, eps=config.norm_epsilon)
         self.attention: AttentionBackend = attention_backend()
+        self.gradient_checkpointing = False
+        """See `call`."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=INIT_STD)
@@ -276,13 +280,20 @@ class Decoder(nn.Module):
         """
         alignment = None
         for number in numbers:
-            x, found = self.layers[number](x, rotation, mask, cache, text)
+            x, found = self.call(self.layers[number], x, rotation, mask, cache, text)
             alignment = found if found is not None else alignment
             if after_layer is not None:
                 x = after_layer(number, x)
         if cache is not None:
             cache.length += x.shape[1]
         return x, alignment
+
+    def call(self, part: Callable[..., Result], *inputs: object) -> Result:
+        """Call a layer or a head; in training with `gradient_checkpointing`, nothing of it is kept but its inputs, and the
+        backward pass calls it again."""
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(part, *inputs, use_reentrant=False)  # type: ignore[no-any-return]
+        return part(*inputs)
 
     def rotation(self, x: Tensor, positions: Int[Tensor, "B L"]) -> tuple[Tensor, Tensor]:
         """Cosines and sines (B, 1, L, E) at these positions, as the layers want them beside x."""

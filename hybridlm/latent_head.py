@@ -124,3 +124,9 @@ class LatentHead(nn.Module):
             means=means * std + self.statistics.latent_mean,
             scales=F.softplus(scales) * std + self.scale_floor,
         )
+
+    def log_prob(
+        self, h: Float[Tensor, "N C"], codes: Int[Tensor, "N K"] | None, latents: Float[Tensor, "N D"]
+    ) -> Float[Tensor, " N"]:
+        """log p(latent | codes, h) in nats, float32."""
+        return self.distribution(h, codes).log_prob(latents)

@@ -151,13 +151,13 @@ class HybridLM(nn.Module):
         codes = None
         if self.code_head is not None:
             codes = frames.codes[:, :outputs].transpose(1, 2).flatten(0, 1)[chosen]  # (N, K)
-            scores = self.code_head.score(flat, codes)
+            scores = self.decoder.call(self.code_head.score, flat, codes)
             code_nll = code_nll.index_copy(0, chosen, -scores.log_prob)
             correct[chosen] = scores.correct
         if self.latent_head is not None:
             latents = frames.latents.flatten(0, 1)[chosen]
-            density = self.latent_head.distribution(flat, codes)
-            latent_nll = latent_nll.index_copy(0, chosen, -density.log_prob(latents))
+            log_density = self.decoder.call(self.latent_head.log_prob, flat, codes, latents)
+            latent_nll = latent_nll.index_copy(0, chosen, -log_density)
         flow = None
         if self.flow_head is not None and with_flow:
             loss = self.flow_head.loss(flat, codes, frames.latents.flatten(0, 1)[chosen], generator)

@@ -16,6 +16,8 @@ from training.task import Batch
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+BATCHES_AHEAD = 4
+"""That a run's data thread makes before they are asked for."""
 
 
 def in_order(
@@ -49,7 +51,7 @@ def in_order(
 class Prefetch:
     """Draws from an iterator in a thread, a few items ahead; an error there is raised at the next item here."""
 
-    def __init__(self, source: Iterator[Batch], ahead: int = 4) -> None:
+    def __init__(self, source: Iterator[Batch], ahead: int = BATCHES_AHEAD) -> None:
         self._queue: queue.Queue[tuple[Batch | None, BaseException | None]] = queue.Queue(ahead)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._fill, args=(source,), daemon=True)

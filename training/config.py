@@ -59,6 +59,12 @@ class RunConfig:
     """`auto`: bf16 autocast where the hardware multiplies bf16 natively, fp32 elsewhere. Weights stay fp32."""
     threads: int | None = None
     """CPU threads of PyTorch; None leaves its default."""
+    gradient_checkpointing: bool = False
+    """Keep the inputs of a language model's layers and heads alone and compute the rest again in the backward pass: the
+    same gradients in a fraction of the memory, for about a third more computing."""
+    compile: bool = False
+    """Compile a language model's layers with `torch.compile`; where that fails, a warning says why. The first steps
+    take minutes."""
     accumulate: int = 1
     """Micro-batches a step whose gradients are averaged."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -112,6 +118,8 @@ class RunConfig:
 
 FREE_ON_RESUME = (
     "accumulate",
+    "gradient_checkpointing",
+    "compile",
     "output",
     "max_steps",
     "device",

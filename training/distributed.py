@@ -35,6 +35,9 @@ class Replicas:
         dtype: Of autocast; None: fp32 throughout.
     """
 
+    compiles = True
+    """Whether layers can be compiled under it."""
+
     def __init__(self, accelerator: Accelerator, dtype: torch.dtype | None) -> None:
         self.accelerator, self.dtype = accelerator, dtype
         self.device: torch.device = accelerator.device

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend
 
-from hybridlm.decoder import Attention, AttentionBackend
+from hybridlm.decoder import Attention
+from training.background import BATCHES_AHEAD
 from training.config import RunConfig
-from training.distributed import Replicas
+from training.distributed import Optimizers, Replicas
 from training.task import Task
 
 
@@ -39,7 +41,9 @@ def notes_on_data(task: Task, backend: Replicas) -> list[str]:
     return lines
 
 
-def notes_on_backend(backend: Replicas, modules: Mapping[str, nn.Module], config: RunConfig) -> list[str]:
+def notes_on_backend(
+    backend: Replicas, modules: Mapping[str, nn.Module], optimizers: Optimizers, config: RunConfig
+) -> list[str]:
     """How it is trained, with a warning for all that was asked for or could be had, and is not on."""
     inside = [part for module in modules.values() for part in module.modules()]
     micro_batches = config.accumulate * backend.num_processes
@@ -48,14 +52,14 @@ def notes_on_backend(backend: Replicas, modules: Mapping[str, nn.Module], config
         "precision": "fp32 weights, bf16 autocast" if backend.dtype else "fp32",
         "batches a step": f"{micro_batches} ({config.accumulate} a process)",
         "compile": "on" if any(part._compiled_call_impl is not None for part in inside) else "off",
-        "activation checkpointing": "on"
-        if any(getattr(part, "gradient_checkpointing", 0) for part in inside)
-        else "off",
+        "gradient checkpointing": "on" if any(getattr(part, "gradient_checkpointing", 0) for part in inside) else "off",
+        "optimizer": ", ".join(sorted({_optimizer(optimizer) for optimizer in optimizers.values()})),
+        "data": f"1 thread, {BATCHES_AHEAD} batches ahead",
     }
     warnings = list(backend.warnings)
-    kernels = {part.backend for part in inside if isinstance(part, Attention)}
-    if kernels:
-        on["attention"], reason = _attention(backend, kernels)
+    attention = next((part for part in inside if isinstance(part, Attention)), None)
+    if attention is not None:
+        on["attention"], reason = _attention(backend, attention)
         warnings += [reason] if reason else []
     if backend.dtype and config.precision == "bf16" and not native_bf16(backend.device):
         warnings.append(f"precision=bf16, but this {backend.device.type} only emulates it; precision=auto takes fp32")
@@ -70,12 +74,32 @@ def native_bf16(device: torch.device) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def _attention(backend: Replicas, kernels: set[AttentionBackend]) -> tuple[str, str | None]:
+def sdpa_kernels(attention: Attention, device: torch.device, dtype: torch.dtype) -> str:
+    """What PyTorch's SDPA takes for such an attention in training, without padding and with it."""
+    q = torch.zeros(2, attention.num_heads, 16, attention.head_dim, device=device, dtype=dtype, requires_grad=True)
+    padded = torch.ones(2, 1, 16, 16, dtype=torch.bool, device=device)
+    plain, masked = (
+        SDPBackend(torch._fused_sdp_choice(q, q, q, attn_mask=mask, is_causal=mask is None)) for mask in (None, padded)
+    )
+    names = [kernel.name.removesuffix("_ATTENTION").lower() for kernel in (plain, masked)]
+    return names[0] if names[0] == names[1] else f"{names[0]}, {names[1]} where a batch has padding"
+
+
+def _optimizer(optimizer: torch.optim.Optimizer) -> str:
+    fused = all(group.get("fused") for group in optimizer.param_groups)
+    return f"{'fused ' if fused else ''}{type(optimizer).__name__}"
+
+
+def _attention(backend: Replicas, attention: Attention) -> tuple[str, str | None]:
     """The kernel in force and, where it is not the fastest one, why."""
+    dtype = backend.dtype or torch.float32
+    if backend.device.type == "cpu" and backend.dtype is not None and attention.written_out_in_half:
+        return "written out, which a CPU does faster in bf16 than SDPA", None
+    sdpa = f"SDPA ({sdpa_kernels(attention, backend.device, dtype)})"
     if backend.device.type != "cuda":
-        return "SDPA", None
-    if "flash-attn" not in kernels:
-        return "SDPA", "attention runs on PyTorch's SDPA, since flash-attn is not installed; install hybridlm[flash]"
+        return sdpa, None
+    if attention.backend != "flash-attn":
+        return sdpa, "attention runs on PyTorch's SDPA, since flash-attn is not installed; install hybridlm[flash]"
     if backend.dtype is None:
-        return "SDPA", "attention runs on PyTorch's SDPA, since flash-attn knows no fp32; set precision=bf16"
-    return "flash-attn (SDPA where a batch has padding)", None
+        return sdpa, "attention runs on PyTorch's SDPA, since flash-attn knows no fp32; set precision=bf16"
+    return f"flash-attn ({sdpa} where a batch has padding)", None

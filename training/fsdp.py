@@ -33,7 +33,7 @@ class FSDP2(Sharded):
             raise UserError("fsdp_version=1 is not supported; set it to 2, as configs/accelerate/fsdp2.yaml does")
         if self._plugin.activation_checkpointing:
             self.warnings.append(
-                "accelerate's fsdp_activation_checkpointing is not used; no activation is checkpointed"
+                "accelerate's fsdp_activation_checkpointing is not used; the run's own gradient_checkpointing decides"
             )
         self._units: list[nn.Module] = []
 

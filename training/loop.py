@@ -24,6 +24,7 @@ from training.config import OptimizerConfig, RunConfig
 from training.distributed import Replicas, open_backend
 from training.first_lines import native_bf16, notes_on_backend, notes_on_data, notes_on_weights
 from training.journal import Journal, Meter, pooled_means
+from training.layers import compile_layers, compiler_errors, keep_inputs_alone, uncompiled
 from training.optimizer import learning_rate
 from training.state import (
     Progress,
@@ -75,7 +76,8 @@ def fit(task: Task, config: RunConfig, resolved: Mapping[str, Any], *, resume: b
         keep_freed_memory()
     run = _Run(task, config, resolved, backend, resume)
     try:
-        return run.train()
+        with compiler_errors():
+            return run.train()
     finally:
         run.journal.close()
 
@@ -106,6 +108,10 @@ class _Run:
             notes.append(f"{self.output} holds no checkpoint yet; starting at step 0")
         self.progress.shared_by(backend.num_processes)
         notes = [*notes_on_weights(self.modules), *notes_on_data(task, backend), *notes]
+        if config.gradient_checkpointing:
+            backend.warnings += keep_inputs_alone(self.modules)
+        if config.compile:
+            backend.warnings += compile_layers(self.modules, backend)
         self.optimizers = backend.prepare(task, self.modules, self.optimizer_config)
         self.trained = {n: [p for p in m.parameters() if p.requires_grad] for n, m in self.modules.items()}
         self.ema = backend.averages(self.modules["model"], config.ema_decay) if config.ema_decay > 0 else None
@@ -120,7 +126,7 @@ class _Run:
             active=backend.is_main,
             tensorboard=config.tensorboard,
         )
-        for note in (*notes, *notes_on_backend(backend, self.modules, config)):
+        for note in (*notes, *notes_on_backend(backend, self.modules, self.optimizers, config)):
             self.journal.say(note)
 
     def _load_training_state(self, checkpoint: Path, ema_updates: int) -> None:
@@ -290,7 +296,7 @@ class _Run:
     def _evaluation(self) -> Iterator[None]:
         self._set_training(False)
         try:
-            with torch.no_grad(), self.backend.whole(self.modules, self.ema):
+            with torch.no_grad(), uncompiled(self.modules), self.backend.whole(self.modules, self.ema):
                 yield
         finally:
             self._set_training(True)

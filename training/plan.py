@@ -211,12 +211,18 @@ class PlannedTask(LanguageTask):
 
 def _dry(task: LanguageTaskConfig, config: ModelConfig, shape: Shape, run: RunConfig) -> DryRun:
     return dry_run(
-        lambda: (PlannedTask(task, HybridLM(config)), made_up_batch(config, shape)),
+        lambda: (PlannedTask(task, _model(config, run)), made_up_batch(config, shape)),
         Answers(scored=task.losses.head_fraction, columns=NUM_TAGS + 1),
         autocast=_autocast(run),
         fused=run.device != "cpu",
         keep_gradients=run.accumulate > 1,
     )
+
+
+def _model(config: ModelConfig, run: RunConfig) -> HybridLM:
+    model = HybridLM(config)
+    model.decoder.gradient_checkpointing = run.gradient_checkpointing
+    return model
 
 
 def _autocast(run: RunConfig) -> torch.dtype | None:

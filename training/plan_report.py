@@ -95,6 +95,9 @@ def changes(mapping: Mapping[str, Any], where: str, made: Plan, memory_gib: floa
     share = float((mapping["language"].get("losses") or {}).get("head_fraction", 1.0))
     if share > 0.25:
         yield "language.losses.head_fraction=0.25", _again(mapping, where, made, ["language.losses.head_fraction=0.25"])
+    if not mapping.get("gradient_checkpointing"):
+        overrides = ["gradient_checkpointing=true"]
+        yield " ".join(overrides), _again(mapping, where, made, overrides)
     if "averaged weights" in made.memory:
         yield "ema_decay=0", _again(mapping, where, made, ["ema_decay=0"])
     if made.backend != "fsdp2":

@@ -38,6 +38,7 @@ class ZeRO(Sharded):
         self._settings: dict[str, Any] = self.accelerator.state.deepspeed_plugin.deepspeed_config
         self.stage = usable_stage(self._settings)
         self.partitions_weights = self.stage == 3
+        self.compiles = self.stage < 3
 
     @property
     def name(self) -> str:

@@ -181,6 +181,7 @@ def language(folder: Path, output: str) -> dict[str, Any]:
         "precision": "fp32",
         "tensorboard": False,
         "log_every": 1,
+        "gradient_checkpointing": not output.startswith("ddp"),
         "optimizer": {"learning_rate": 0.003, "warmup_steps": 2},
         "language": {
             "tokenizer": str(folder / "tokenizer"),

@@ -67,9 +67,13 @@ def measured_step(task: PlannedTask, dtype: torch.dtype | None, tries: int = 2) 
     return sum(tensor.numel() * tensor.element_size() for tensor in there), most
 
 
-def found_for(sizes: ModelConfig, head_fraction: float = 1.0, **values: Any) -> DryRun:
+def found_for(
+    sizes: ModelConfig, head_fraction: float = 1.0, *, gradient_checkpointing: bool = False, **values: Any
+) -> DryRun:
     def make() -> tuple[PlannedTask, dict[str, Any]]:
-        return PlannedTask(settings(head_fraction), HybridLM(sizes)), made_up_batch(sizes, SHAPE)
+        model = HybridLM(sizes)
+        model.decoder.gradient_checkpointing = gradient_checkpointing
+        return PlannedTask(settings(head_fraction), model), made_up_batch(sizes, SHAPE)
 
     given: dict[str, Any] = {"autocast": None, "fused": False, **values}
     return dry_run(make, Answers(scored=head_fraction, columns=3), **given)

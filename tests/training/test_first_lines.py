@@ -37,8 +37,8 @@ def test_one_process_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     first, second = capsys.readouterr().err.splitlines()[:2]
     assert first.endswith(" M trained weights")
     assert second == (
-        "one process: processes 1 x cpu, precision fp32, batches a step 1 (1 a process), compile off, "
-        f"activation checkpointing off, output {tmp_path}"
+        "one process: processes 1 x cpu, precision fp32, batches a step 1 (1 a process), compile off, gradient "
+        f"checkpointing off, optimizer fused AdamW, data 1 thread, 4 batches ahead, output {tmp_path}"
     )
 
 
@@ -46,26 +46,39 @@ def test_what_is_on_is_found_on_the_modules_themselves() -> None:
     compiled = nn.Sequential(nn.Linear(2, 2))
     compiled[0]._compiled_call_impl = object()
     compiled[0].gradient_checkpointing = True
-    (line,) = notes_on_backend(backend("cpu", None), {"model": compiled}, CONFIG)
+    slow = torch.optim.AdamW(compiled.parameters())
+    (line,) = notes_on_backend(backend("cpu", None), {"model": compiled}, {"model": slow}, CONFIG)
     assert line.startswith("DDP: processes 4 x cpu, precision fp32, batches a step 12 (3 a process), compile on, ")
-    assert "activation checkpointing on" in line
+    assert "gradient checkpointing on" in line and "optimizer AdamW," in line
+
+
+def test_the_kernel_of_attention_is_asked_of_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    modules = {"model": nn.Sequential(Attention(tiny_config(), 0))}
+    (line,) = notes_on_backend(backend("cpu", None), modules, {}, CONFIG)
+    assert "attention SDPA (flash), output" in line
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        (line,) = notes_on_backend(backend("cpu", None), modules, {}, CONFIG)
+    assert "attention SDPA (math), output" in line
+    (line,) = notes_on_backend(backend("cpu", torch.bfloat16), modules, {}, CONFIG)
+    assert "attention written out" in line
 
 
 def test_fallbacks_are_warnings_with_their_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(first_lines, "sdpa_kernels", lambda *about: "flash, efficient where a batch has padding")
     attention = Attention(tiny_config(), 0)
     modules = {"model": nn.Sequential(attention)}
-    lines = notes_on_backend(backend("cuda", torch.bfloat16, "compile is off"), modules, CONFIG)
-    assert "attention SDPA" in lines[0]
+    lines = notes_on_backend(backend("cuda", torch.bfloat16, "compile is off"), modules, {}, CONFIG)
+    assert "attention SDPA (flash, efficient where a batch has padding), output" in lines[0]
     assert lines[1] == "warning: compile is off"
     assert lines[2].startswith("warning: attention runs on PyTorch's SDPA, since flash-attn is not installed")
     attention.backend = "flash-attn"
-    lines = notes_on_backend(backend("cuda", torch.bfloat16), modules, CONFIG)
+    lines = notes_on_backend(backend("cuda", torch.bfloat16), modules, {}, CONFIG)
     assert "attention flash-attn" in lines[0]
-    lines = notes_on_backend(backend("cuda", None), modules, CONFIG)
+    lines = notes_on_backend(backend("cuda", None), modules, {}, CONFIG)
     assert "flash-attn knows no fp32" in lines[1]
     monkeypatch.setattr(first_lines, "native_bf16", lambda device: False)
     asked = replace(CONFIG, precision="bf16")
-    lines = notes_on_backend(backend("cpu", torch.bfloat16), modules, asked)
+    lines = notes_on_backend(backend("cpu", torch.bfloat16), modules, {}, asked)
     assert lines[1].startswith("warning: precision=bf16, but this cpu only emulates it")
 
 
