@@ -289,8 +289,8 @@ class Decoder(nn.Module):
         return x, alignment
 
     def call(self, part: Callable[..., Result], *inputs: object) -> Result:
-        """Call a layer or a head; in training with `gradient_checkpointing`, nothing of it is kept but its inputs, and the
-        backward pass calls it again."""
+        """Call a layer or a head; in training with `gradient_checkpointing`, only its inputs are kept, and the backward
+        pass calls it again."""
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(part, *inputs, use_reentrant=False)  # type: ignore[no-any-return]
         return part(*inputs)

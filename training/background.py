@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import queue
 import signal
+import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, TypeVar
 
 from tokenizer.errors import UserError
@@ -18,6 +22,9 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 BATCHES_AHEAD = 4
 """That a run's data thread makes before they are asked for."""
+LAST_WAIT_S = 5.0
+"""For the data thread, once something has failed."""
+_ROOT, _PACKAGES = Path(__file__).resolve().parent.parent, ("tokenizer", "hybridlm", "training")
 
 
 def in_order(
@@ -49,30 +56,67 @@ def in_order(
 
 
 class Prefetch:
-    """Draws from an iterator in a thread, a few items ahead; an error there is raised at the next item here."""
+    """Draws from an iterator in a thread, a few items ahead; an error there is raised at the next item here.
 
-    def __init__(self, source: Iterator[Batch], ahead: int = BATCHES_AHEAD) -> None:
+    Args:
+        source: Gives the items.
+        ahead: How many are made before they are asked for.
+        warning_s: Wait for an item after which `tell` is told where the thread is; again whenever the wait has doubled.
+        limit_s: Wait after which there is an error; None: never.
+        tell: Takes a line for a person.
+    """
+
+    def __init__(
+        self,
+        source: Iterator[Batch],
+        ahead: int = BATCHES_AHEAD,
+        *,
+        warning_s: float = 60.0,
+        limit_s: float | None = None,
+        tell: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
+    ) -> None:
         self._queue: queue.Queue[tuple[Batch | None, BaseException | None]] = queue.Queue(ahead)
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._fill, args=(source,), daemon=True)
+        self._thread = threading.Thread(target=self._fill, args=(source,), name="data", daemon=True)
+        self._warning_s, self._limit_s, self._tell = warning_s, limit_s, tell
 
     def __enter__(self) -> Prefetch:
         self._thread.start()
         return self
 
     def __next__(self) -> Batch:
-        batch, error = self._queue.get()
-        if error is not None:
-            raise error
-        assert batch is not None
-        return batch
+        """The next item.
 
-    def __exit__(self, *_: object) -> None:
+        Raises:
+            UserError: it did not come within `limit_s`.
+        """
+        began, warning = time.monotonic(), self._warning_s
+        while True:
+            waited = time.monotonic() - began
+            left = min(warning, math.inf if self._limit_s is None else self._limit_s) - waited
+            try:
+                batch, error = self._queue.get(timeout=max(left, 0.0) + 0.001)
+            except queue.Empty:
+                waited = time.monotonic() - began
+                what = f"no batch for {waited:.3g} s; the data thread is {whereabouts(self._thread)}"
+                if self._limit_s is not None and waited >= self._limit_s:
+                    raise UserError(f"{what}; look at that disk, or raise stall_limit_s={self._limit_s:g}") from None
+                if waited >= warning:
+                    self._tell(f"warning: {what}")
+                    warning *= 2
+                continue
+            if error is not None:
+                raise error
+            assert batch is not None
+            return batch
+
+    def __exit__(self, kind: object, *_: object) -> None:
         self._closed.set()
-        while self._thread.is_alive():
+        # A thread that hangs must not keep back the error that ends the run.
+        until = math.inf if kind is None else time.monotonic() + LAST_WAIT_S
+        while self._thread.is_alive() and time.monotonic() < until:
             with contextlib.suppress(queue.Empty):
                 self._queue.get(timeout=0.05)
-        self._thread.join()
 
     def _fill(self, source: Iterator[Batch]) -> None:
         try:
@@ -83,6 +127,22 @@ class Prefetch:
             raise RuntimeError("the task's batches ended, but must be endless")
         except BaseException as error:  # handed over to the training thread, which raises it
             self._queue.put((None, error))
+
+
+def whereabouts(thread: threading.Thread) -> str:
+    """Which of this project's functions a thread is in, and the file that it seems to be at."""
+    frame = sys._current_frames().get(thread.ident or 0)
+    place, file = "", ""
+    while frame is not None:
+        code, local = frame.f_code, frame.f_locals
+        package, name = Path(code.co_filename).parts[-2:]
+        if not place and package in _PACKAGES and Path(code.co_filename).parent.parent == _ROOT:
+            place = f"in {code.co_name}, {package}/{name}:{frame.f_lineno}"
+        # The innermost path that a function, or the object whose method it is, has in hand.
+        about = (*local.values(), *getattr(local.get("self"), "__dict__", {}).values())
+        file = file or next((str(value) for value in about if isinstance(value, Path) and value.is_absolute()), "")
+        frame = frame.f_back
+    return (place or "at work") + (f", at {file}" if file else "")
 
 
 class Interrupts:

@@ -46,6 +46,28 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SpikeConfig:
+    """Which steps are skipped although loss and gradient are finite; as it stands, none."""
+
+    loss_deviations: float = 0.0
+    """Those whose loss lies more than so many standard deviations above the mean of the latest; 0: none."""
+    norm_ratio: float = 0.0
+    """Those whose gradient norm is above so many times the median of the latest; 0: none. Not under ZeRO."""
+    window: int = 200
+    """How many updates are the latest; what was skipped is not among them."""
+    min_updates: int = 50
+    """Updates before which nothing is skipped."""
+
+    def __post_init__(self) -> None:
+        if self.loss_deviations < 0 or 0 < self.norm_ratio <= 1 or self.norm_ratio < 0:
+            raise ValueError(
+                f"loss_deviations={self.loss_deviations} must be at least 0, norm_ratio={self.norm_ratio} 0 or above 1"
+            )
+        if not 2 <= self.min_updates <= self.window:
+            raise ValueError(f"min_updates={self.min_updates} must lie between 2 and window={self.window}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
     """One training run."""
 
@@ -86,7 +108,12 @@ class RunConfig:
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
     max_bad_steps: int = 10
-    """Steps in a row with a loss or gradient that is not finite, all skipped, before the run stops."""
+    """Steps in a row that are skipped, since loss or gradient is not finite or a spike, before the run stops."""
+    spikes: SpikeConfig = field(default_factory=SpikeConfig)
+    stall_warning_s: float = 60.0
+    """Wait for a batch after which a line says where the data thread is; again whenever the wait has doubled."""
+    stall_limit_s: float | None = None
+    """Wait for a batch after which the run ends; None: never."""
     tensorboard: bool = True
     tokenizer_task: dict[str, Any] | None = None
     """Settings of `task: tokenizer` (training/tokenizer_task.py)."""
@@ -111,6 +138,9 @@ class RunConfig:
             raise ValueError(f"threads={self.threads} must be at least 1")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay} must lie in [0, 1)")
+        for name in ("stall_warning_s", "stall_limit_s"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0")
         for name in ("max_bad_steps", "patience"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
@@ -132,6 +162,9 @@ FREE_ON_RESUME = (
     "checkpoint_every",
     "keep_checkpoints",
     "max_bad_steps",
+    "spikes",
+    "stall_warning_s",
+    "stall_limit_s",
     "tensorboard",
     "init_from",
     "init_partial",

@@ -8,6 +8,7 @@ model where a person or a file is to see it.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -37,6 +38,8 @@ class Replicas:
 
     compiles = True
     """Whether layers can be compiled under it."""
+    limits_norm = True
+    """Whether it knows a gradient's norm before it makes the update."""
 
     def __init__(self, accelerator: Accelerator, dtype: torch.dtype | None) -> None:
         self.accelerator, self.dtype = accelerator, dtype
@@ -91,6 +94,7 @@ class Replicas:
         optimizer: torch.optim.Optimizer,
         total: Tensor,
         max_grad_norm: float,
+        norm_limit: float = math.inf,
     ) -> tuple[Tensor, bool]:
         """One update from the mean of the processes' gradients, unless loss or gradient is not finite.
 
@@ -100,12 +104,13 @@ class Replicas:
             optimizer: Its optimizer.
             total: This process's loss.
             max_grad_norm: Norm to which the mean gradient is clipped; 0: not at all.
+            norm_limit: Norm above which there is no update, if the backend `limits_norm`.
 
         Returns:
             The norm before clipping, and whether there was an update.
         """
         total, norm = self._average_gradients(turn, parameters, total, max_grad_norm)
-        healthy = bool(torch.isfinite(total) and torch.isfinite(norm))
+        healthy = bool(torch.isfinite(total) and torch.isfinite(norm) and norm <= norm_limit)
         if healthy:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -132,6 +137,10 @@ class Replicas:
         if not parameters:
             raise UserError(f"the loss of '{turn}' reaches none of its weights; check what is frozen")
         return total, gradient_norm(parameters, max_grad_norm)
+
+    def mean(self, value: Tensor) -> float:
+        """Over all processes."""
+        return float(value if self.num_processes == 1 else self.accelerator.reduce(value.detach().clone(), "mean"))
 
     def agreed(self, holds: bool) -> bool:
         """Whether it holds on any process: all must take the same way."""

@@ -7,6 +7,7 @@ that it would do for us, and runs on CPUs too.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -73,11 +74,12 @@ class FSDP2(Sharded):
         optimizer: torch.optim.Optimizer,
         total: Tensor,
         max_grad_norm: float,
+        norm_limit: float = math.inf,
     ) -> tuple[Tensor, bool]:
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        healthy = bool(norm.isfinite())
+        healthy = bool(norm.isfinite() and norm <= norm_limit)
         if healthy:
             if max_grad_norm > 0:
                 torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,10 +24,12 @@ from training.background import Interrupts, Prefetch
 from training.config import OptimizerConfig, RunConfig
 from training.distributed import Replicas, open_backend
 from training.first_lines import native_bf16, notes_on_backend, notes_on_data, notes_on_weights
+from training.guard import Guard
 from training.journal import Journal, Meter, pooled_means
 from training.layers import compile_layers, compiler_errors, keep_inputs_alone, uncompiled
 from training.optimizer import learning_rate
 from training.state import (
+    CannotWrite,
     Progress,
     checkpoints,
     clear_leftovers,
@@ -37,9 +40,6 @@ from training.state import (
     save_checkpoint,
 )
 from training.task import Batch, Task
-
-CLIPS_NAMED = 5
-"""Clips of a bad step that are named in a line; the log has all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,7 +118,6 @@ class _Run:
         if checkpoint is not None:
             self._load_training_state(checkpoint, found.ema_updates)
         self.generator = torch.Generator(self.device)
-        self.bad_in_a_row = 0
         self.journal = Journal(
             self.output,
             step=self.progress.step,
@@ -126,6 +125,9 @@ class _Run:
             active=backend.is_main,
             tensorboard=config.tensorboard,
         )
+        self.guard = Guard(config, self.progress, backend, self.journal)
+        if config.spikes.norm_ratio > 0 and not backend.limits_norm:
+            backend.warnings.append(f"spikes.norm_ratio is not used: {backend.name} tells the norm after the update")
         for note in (*notes, *notes_on_backend(backend, self.modules, self.optimizers, config)):
             self.journal.say(note)
 
@@ -154,7 +156,8 @@ class _Run:
             skip=progress.batches,
         )
         meter = Meter()
-        with Prefetch(batches) as stream, Interrupts() as interrupts:
+        stream = Prefetch(batches, warning_s=config.stall_warning_s, limit_s=config.stall_limit_s, tell=self._tell)
+        with stream, Interrupts() as interrupts:
             self._set_training(True)
             if config.validate_first and progress.step == 0:
                 self.validate()
@@ -170,11 +173,11 @@ class _Run:
                     self._log(meter)
                     meter = Meter(meter.seconds_per_step)
                 if progress.step % config.validate_every == 0 or last:
-                    self.validate()
+                    self.validate(final=last)
                     last = last or self._exhausted()
                 stop = self.backend.agreed(interrupts.caught)
                 if progress.step % config.checkpoint_every == 0 or last or stop:
-                    self.save()
+                    self.save(final=last or stop)
                 if stop and not last:
                     self.journal.say(f"interrupted; saved at step {progress.step}: go on with --resume")
                     return self.result(finished=False)
@@ -200,65 +203,51 @@ class _Run:
         micro_batches = [send_to_device(batch, self.device) for batch in micro_batches]
         frames = sum(self.task.size(batch) for batch in micro_batches)
         self.backend.share_buffers(self.modules)
-        healthy = True
+        reason: str | None = None
         for turn in self.task.turns(index):
             for name, parameters in self.trained.items():
                 for parameter in parameters:
                     parameter.requires_grad_(name == turn)
             total = torch.zeros((), device=self.device)
+            spike = None
             for micro, batch in enumerate(micro_batches):
                 seed = step_seed(self.config.seed, index, micro, self.backend.rank)
                 torch.manual_seed(seed)
                 self.generator.manual_seed(seed)
                 loss, parts = self.backend.loss(turn, batch, step=index, generator=self.generator)
-                self.backend.backward(loss / len(micro_batches), last=micro == len(micro_batches) - 1)
                 total += loss.detach() / len(micro_batches)
+                last = micro == len(micro_batches) - 1
+                if last and self.guard.watches_loss:
+                    spike = self.guard.loss_reason(turn, self.backend.mean(total))
+                    # What is not finite makes every backend skip the update, on all processes.
+                    loss = loss if spike is None else loss * torch.nan
+                self.backend.backward(loss / len(micro_batches), last=last)
                 for name, value in {f"{turn}_loss": loss.detach(), **parts}.items():
                     losses[name] = losses.get(name, 0) + torch.as_tensor(value, device=self.device) / len(micro_batches)
             norm, updated = self._update(turn, index, total)
             if updated:
                 losses[f"{turn}_grad_norm"] = norm
-            healthy = healthy and updated
+            else:
+                reason = reason or spike or self.guard.norm_reason(turn, float(norm))
         self.progress.step += 1
         self.progress.batches += len(micro_batches)
-        self._guard(healthy, micro_batches)
-        return losses if healthy else {}, frames
+        self.guard.after_step(reason, micro_batches, self.output)
+        return losses if reason is None else {}, frames
 
     def _update(self, turn: str, index: int, total: Tensor) -> tuple[Tensor, bool]:
         config, optimizer = self.optimizer_config(turn), self.optimizers[turn]
         rate = learning_rate(config, index, self.config.max_steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        norm, updated = self.backend.update(turn, self.trained[turn], optimizer, total, config.max_grad_norm)
+        limit = self.guard.norm_limit(turn)
+        norm, updated = self.backend.update(turn, self.trained[turn], optimizer, total, config.max_grad_norm, limit)
+        if updated and self.guard.watches:
+            self.guard.updated(turn, self.backend.mean(total), float(norm))
         if updated and turn == "model" and self.ema is not None:
             self.ema.update()
         return norm, updated
 
-    def _guard(self, healthy: bool, micro_batches: Sequence[Batch]) -> None:
-        """Count the steps that were skipped, name what was in them, and stop when they don't end."""
-        if healthy:
-            self.bad_in_a_row = 0
-            return
-        self.bad_in_a_row += 1
-        self.progress.bad_steps += 1
-        last = self.progress.batches
-        first = last - len(micro_batches) + 1
-        clips = [clip for batch in micro_batches for clip in batch.get("clips", ())]
-        what = f"batch {last}" if first == last else f"batches {first} to {last}"
-        what += f" of {', '.join(clips[:CLIPS_NAMED])}" if clips else ""
-        what += f" and {len(clips) - CLIPS_NAMED} more" if len(clips) > CLIPS_NAMED else ""
-        record = {"in_a_row": self.bad_in_a_row, "first_batch": first, "last_batch": last, "clips": clips}
-        self.journal.record("skipped", self.progress.step, record)
-        self.journal.say(f"step {self.progress.step}: loss or gradient is not finite; skipped ({what})")
-        if self.bad_in_a_row >= self.config.max_bad_steps:
-            kept = checkpoints(self.output)
-            raise UserError(
-                f"loss or gradient was not finite in {self.bad_in_a_row} steps in a row, up to step "
-                f"{self.progress.step} ({what}); lower optimizer.learning_rate or set precision=fp32, then resume from "
-                f"{kept[-1] if kept else 'the start'}"
-            )
-
-    def validate(self) -> None:
+    def validate(self, *, final: bool = False) -> None:
         """Figures and samples of the averaged weights; the best ones are exported to `best/`."""
         progress, improved = self.progress, False
         with self._evaluation():
@@ -266,9 +255,10 @@ class _Run:
                 figures = {name: float(value) for name, value in self.task.validate().items()}
                 improved = progress.best_figures is None or figures["loss"] < progress.best_figures["loss"]
                 if improved:
-                    progress.best_figures, progress.best_step = figures, progress.step
-                    with new_folder(self.output / "best") as folder:
-                        self.task.export(folder)
+                    with self._later(final):
+                        with new_folder(self.output / "best") as folder:
+                            self.task.export(folder)
+                        progress.best_figures, progress.best_step = figures, progress.step
                 self.journal.record("validate", progress.step, figures)
                 self.journal.samples(progress.step, self.task.samples())
                 text = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
@@ -277,20 +267,50 @@ class _Run:
         progress.stale = 0 if self.backend.agreed(improved) else progress.stale + 1
         self.backend.wait()
 
-    def save(self) -> None:
-        """A checkpoint, and the averaged weights as a model folder."""
+    def save(self, *, final: bool = False) -> None:
+        """A checkpoint, and the averaged weights as a model folder.
+
+        Args:
+            final: The run ends here, so what cannot be written is lost.
+        """
         states = self.backend.states(self.modules, self.optimizers, self.ema)
         if self.backend.is_main:
             updates = self.ema.updates if self.ema is not None else 0
             keep = self.config.keep_checkpoints
-            save_checkpoint(self.output, self.progress, states, self.resolved, keep, updates)
-        else:
-            deque(states, maxlen=0)
+            with self._later(final):
+                save_checkpoint(self.output, self.progress, states, self.resolved, keep, updates)
+        deque(states, maxlen=0)  # the other processes', and what a full disk left of the main one's
         with self._evaluation():
             if self.backend.is_main:
-                with new_folder(self.output / "model") as folder:
+                with self._later(final), new_folder(self.output / "model") as folder:
                     self.task.export(folder)
         self.backend.wait()
+
+    @contextlib.contextmanager
+    def _later(self, final: bool) -> Iterator[None]:
+        """Go on if something cannot be written, for the steps since the last checkpoint would be lost with the run, and
+        disks that are full for a while are common where many share them; the next time may do.
+
+        Raises:
+            CannotWrite: there is no next time.
+        """
+        try:
+            yield
+        except CannotWrite as error:
+            if final:
+                raise
+            every, kept = self.config.checkpoint_every, checkpoints(self.output)
+            self.journal.say(
+                f"warning: step {self.progress.step}: {error}; training goes on, the next checkpoint is due at step "
+                f"{(self.progress.step // every + 1) * every}, the newest is {kept[-1].name if kept else 'none'}"
+            )
+
+    def _tell(self, text: str) -> None:
+        """A line of any process."""
+        if self.backend.is_main:
+            self.journal.say(text)
+        else:
+            print(f"process {self.backend.rank}: {text}", file=sys.stderr, flush=True)
 
     @contextlib.contextmanager
     def _evaluation(self) -> Iterator[None]:

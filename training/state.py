@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,10 @@ from training.config import FREE_ON_RESUME, changed_keys
 VERSION = 1
 
 
+class CannotWrite(UserError):
+    """A folder that could not be written; what stood there before still does."""
+
+
 @dataclass(kw_only=True, slots=True)
 class Progress:
     """What a run knows of itself besides tensors."""
@@ -37,7 +41,7 @@ class Progress:
     processes: int | None = None
     """Ranks that took them; None in a checkpoint that does not know."""
     bad_steps: int = 0
-    """Steps skipped in all because something was not finite."""
+    """Steps skipped in all."""
     best_step: int | None = None
     first_figures: dict[str, float] | None = None
     """Of the first validation."""
@@ -45,6 +49,8 @@ class Progress:
     """Of the best validation, whose model is in `best/`."""
     stale: int = 0
     """Validations since the best."""
+    latest: dict[str, list[list[float]]] = field(default_factory=dict)
+    """Loss and gradient norm of the latest updates of each module, where spikes are watched for."""
     seconds: float = 0.0
     """Time spent in steps, over all sessions of the run."""
 
@@ -60,7 +66,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     """Yield a temporary folder that takes the place of `target` when the block ends without an error.
 
     Raises:
-        UserError: the disk is full, or the place can't be written; what stood at `target` stays.
+        CannotWrite: the disk is full, or the place can't be written; what stood at `target` stays.
     """
     temporary = target.with_name(f".{target.name}.writing")
     retired = target.with_name(f".{target.name}.retired")
@@ -79,7 +85,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         if not target.exists() and retired.exists():
             retired.rename(target)
-        raise UserError(
+        raise CannotWrite(
             f"cannot write {target}: {error}; free space or choose another output (what was saved before is kept)"
         ) from error
     finally:
@@ -132,7 +138,7 @@ def save_checkpoint(
         ema_updates: Updates that the averaged weights have taken in.
 
     Raises:
-        UserError: it could not be written; the earlier checkpoints stay.
+        CannotWrite: the earlier checkpoints stay.
     """
     target = output / "checkpoints" / f"step_{progress.step:08d}"
     with new_folder(target) as folder:
@@ -146,7 +152,9 @@ def save_checkpoint(
         }
         (folder / "state.json").write_text(json.dumps(state, indent=1))
     for old in checkpoints(output)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        half = old.with_name(f".{old.name}.writing")  # a folder that lacks files must not look like a checkpoint
+        old.rename(half)
+        shutil.rmtree(half, ignore_errors=True)
     return target
 
 

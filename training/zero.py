@@ -8,6 +8,7 @@ not finite. A file gets the state by parameter, in full.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -26,6 +27,7 @@ class ZeRO(Sharded):
     """See `training.distributed.Replicas`; accelerate's plugin says which stage, and what is kept in main memory."""
 
     engine: Any
+    limits_norm = False
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -109,6 +111,7 @@ class ZeRO(Sharded):
         optimizer: torch.optim.Optimizer,
         total: Tensor,
         max_grad_norm: float,
+        norm_limit: float = math.inf,
     ) -> tuple[Tensor, bool]:
         self.engine.step()
         norm = torch.as_tensor(self.engine.get_global_grad_norm(), device=self.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
 import subprocess
@@ -110,13 +111,12 @@ for step in (1, 2):
 @pytest.mark.parametrize(("function", "call", "step"), [("save_file", 2, 1), ("rename", 1, 1), ("rename", 2, 2)])
 def test_killed_while_saving_leaves_whole_checkpoints(tmp_path: Path, function: str, call: int, step: int) -> None:
     command = [sys.executable, "-c", SAVER, str(tmp_path), function, str(call)]
-    process = subprocess.run(command, cwd=ROOT, check=False)
-    # A checkpoint appears by one rename, so there is no second one at which to die.
-    assert process.returncode == (-signal.SIGKILL if step == 1 else 0)
+    assert subprocess.run(command, cwd=ROOT, check=False).returncode == -signal.SIGKILL
     found = checkpoints(tmp_path)
-    assert [folder.name for folder in found] == [f"step_0000000{step}"]
+    # A checkpoint appears by one rename; the next one takes the oldest away.
+    assert [folder.name for folder in found] == [f"step_0000000{number}" for number in range(1, step + 1)]
     module = torch.nn.Linear(8, 8)
-    assert training.state.load_checkpoint(found[0], {"model": module}, {}).progress.step == step
+    assert training.state.load_checkpoint(found[-1], {"model": module}, {}).progress.step == step
     assert torch.all(module.weight == step)
 
 
@@ -146,6 +146,36 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytes
     assert "\n" not in str(error.value)
     assert {path: path.read_bytes() for path in (tmp_path / "checkpoints").rglob("*.safetensors")} == kept
     assert not list(tmp_path.rglob(".*"))
+
+
+def test_a_disk_that_is_full_for_a_while_costs_no_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(ToyTask(), settings(tmp_path / "whole"), {"seed": 0})
+    save, calls = training.state.save_file, []
+
+    def full(tensors, path):
+        calls.append(path.parent.name)
+        if calls[-1] == ".step_00000006.writing":
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(tensors, path)
+
+    class FullOnce(ToyTask):
+        def export(self, folder):
+            self.fail_export = len(self.validated) == 2 and folder.name == ".best.writing"
+            super().export(folder)
+
+    monkeypatch.setattr(training.state, "save_file", full)
+    capsys.readouterr()
+    assert fit(FullOnce(), settings(tmp_path / "full", max_steps=12), {"seed": 0}).finished
+    said = [line for line in capsys.readouterr().err.splitlines() if "No space left" in line]
+    assert len(said) == 2
+    assert said[0].startswith(f"warning: step 6: cannot write {tmp_path}/full/checkpoints/step_00000006: ")
+    assert said[0].endswith("training goes on, the next checkpoint is due at step 9, the newest is step_00000003")
+    assert said[1].startswith(f"warning: step 8: cannot write {tmp_path}/full/best: ")
+    assert_same_end(tmp_path / "whole", tmp_path / "full")
+    assert not list((tmp_path / "full").rglob(".*"))
 
 
 def test_a_full_disk_while_exporting_keeps_the_old_model(tmp_path: Path) -> None:
@@ -236,3 +266,12 @@ def test_a_setting_that_is_new_and_off_has_not_changed() -> None:
     assert changed_keys(old, {"seed": 0, "data": {"caches": ["a"], "weights": [], "pack_frames": None}}) == []
     assert changed_keys(old, {"seed": 0, "data": {"caches": ["a"], "pack_frames": 9}}) == ["data.pack_frames"]
     assert changed_keys({**old, "new": [1]}, {**old, "new": []}) == ["new"]
+
+
+def test_killed_at_any_moment_a_run_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.support.killed_runs", str(tmp_path), "50"]
+    done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    counts = json.loads(done.stdout)
+    assert counts["while writing"] >= 5 and counts["elsewhere"] >= 5  # neither moment is left out
+    assert counts["compared"] >= 10

@@ -1,0 +1,146 @@
+"""A run that is killed again and again, at moments drawn by chance, and after each what can be loaded.
+
+    python -m tests.support.killed_runs FOLDER KILLS
+
+Every child is a fork of this one process, which has imported everything, and goes on with the run where the one before
+it was killed. It ends with an error if what is found after a kill is not, to the last bit, what a run without kills had
+at that step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from tests.support.toy_task import ToyTask
+from training.config import OptimizerConfig, RunConfig
+from training.loop import fit
+from training.state import checkpoints, clear_leftovers, load_checkpoint
+from training.task import Batch
+
+KEEP = 2
+LONGEST_S = 0.1
+"""From a child's first step to its death, at most; it saves several times within."""
+
+
+def settings(output: Path, max_steps: int, keep: int) -> RunConfig:
+    """A checkpoint every step, the oldest of which goes; a best model every few."""
+    return RunConfig(
+        task="tokenizer",
+        output=str(output),
+        max_steps=max_steps,
+        precision="fp32",
+        device="cpu",
+        threads=1,
+        tensorboard=False,
+        log_every=1,
+        validate_every=2,
+        checkpoint_every=1,
+        keep_checkpoints=keep,
+        # The rate does not depend on the length of the run, which is not known.
+        optimizer=OptimizerConfig(learning_rate=0.01, warmup_steps=0, final_ratio=1.0),
+    )
+
+
+class ImprovingTask(ToyTask):
+    """Every validation is the best, so that `best/` is written over and over.
+
+    Args:
+        begun: Descriptor to which a byte is written at the first step.
+    """
+
+    def __init__(self, begun: int | None = None) -> None:
+        super().__init__()
+        self.begun = begun
+
+    def loss(self, turn: str, batch: Batch, *, step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict]:
+        if self.begun is not None:
+            os.write(self.begun, b".")
+            self.begun = None
+        return super().loss(turn, batch, step=step, generator=generator)
+
+    def validate(self) -> dict[str, float]:
+        super().validate()
+        return {"loss": -time.monotonic()}
+
+
+def state(checkpoint: Path) -> dict[str, bytes]:
+    """Every tensor file of a checkpoint."""
+    return {file.name: file.read_bytes() for file in sorted(checkpoint.glob("*.safetensors"))}
+
+
+def quietly(config: RunConfig, begun: int | None = None) -> None:
+    """Train, or go on."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        fit(ImprovingTask(begun), config, {}, resume=True)
+
+
+def killed_child(output: Path, delay: float) -> None:
+    """Go on with the run in a fork of this process, and kill it so many seconds after its first step."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            quietly(settings(output, 10**6, KEEP), begun=writing)
+        finally:
+            os._exit(1)
+    os.close(writing)
+    os.read(reading, 1)
+    os.close(reading)
+    time.sleep(delay)
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status), f"the child ended by itself after {delay:.3f} s"
+
+
+def examine(output: Path) -> dict[Path, dict[str, bytes]]:
+    """What a kill left: every checkpoint whole, and `model/` and `best/` readable."""
+    clear_leftovers(output)
+    clear_leftovers(output / "checkpoints")
+    for name in ("model", "best"):
+        if (output / name).exists():
+            with safe_open(output / name / "model.safetensors", framework="pt") as file:
+                assert [file.get_tensor(key) for key in file.keys()]  # noqa: SIM118 (no mapping)
+    found = checkpoints(output)
+    for checkpoint in found:
+        task = ImprovingTask()
+        progress = load_checkpoint(checkpoint, task.modules(), {}).progress
+        assert checkpoint.name == f"step_{progress.step:08d}" and progress.batches == progress.step
+    assert len(found) <= KEEP + 1, found
+    return {checkpoint: state(checkpoint) for checkpoint in found}
+
+
+def main(folder: Path, kills: int) -> None:
+    os.fsync = lambda descriptor: None  # what a killed process has written stays, without waiting for the disk
+    torch.set_num_threads(1)
+    output, draw = folder / "killed", random.Random(0)
+    quietly(settings(folder / "first", 2, KEEP))  # what is imported on the way, no child has to
+    seen: dict[str, dict[str, bytes]] = {}
+    moments = {"while writing": 0, "elsewhere": 0}
+    for _ in range(kills):
+        killed_child(output, draw.uniform(0.0, LONGEST_S))
+        half = any(output.rglob(".*.writing")) or any(output.rglob(".*.retired"))
+        moments["while writing" if half else "elsewhere"] += 1
+        before = max(seen, default="")
+        found = {checkpoint.name: content for checkpoint, content in examine(output).items()}
+        assert max(found, default="") >= before, f"after {before} only {sorted(found)} was left"
+        seen |= found
+    last = int(max(seen).removeprefix("step_"))
+    quietly(settings(folder / "whole", last, last))
+    for name, content in seen.items():
+        assert content == state(folder / "whole" / "checkpoints" / name), f"{name} is not what it must be"
+    print(json.dumps({**moments, "steps": last, "compared": len(seen)}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
