@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from hybridlm.model import HybridLM
     from tokenizer.frames import Tokenizer
     from tokenizer.text import TextTokenizer
+    from training.listening import Prompt
     from training.task import Sample
 
 
@@ -75,22 +77,24 @@ def train(
     run(config, overrides or [], resume=resume, sampler=_sound)
 
 
-def _sound(model: HybridLM, tokenizer: Tokenizer, text: TextTokenizer) -> list[Sample]:
+def _sound(model: HybridLM, tokenizer: Tokenizer, text: TextTokenizer, prompts: Sequence[Prompt] = ()) -> list[Sample]:
     """What a model under training says and plays; only the front door knows both sampling and training."""
     from sampling.pipeline import AudioModel
     from training.task import Sample
 
     audio_model = AudioModel(model, tokenizer, text)
     seconds = min(4.0, model.config.max_frames / tokenizer.frame_rate_hz)
-    requests: dict[str, dict[str, Any]] = {"speech": {"text": "Good morning."}}
-    requests |= {tag: {"tags": [tag]} for tag in ("music", "sound") if tag in text.tags}
+    requests: dict[str, dict[str, Any]] = {p.name: {"text": p.text, "tags": p.tags} for p in prompts}
+    if not requests:
+        requests = {"generated/speech": {"text": "Good morning."}}
+        requests |= {f"generated/{tag}": {"tags": [tag]} for tag in ("music", "sound") if tag in text.tags}
     samples = []
     for name, request in requests.items():
         try:
             made = audio_model.generate(**request, duration=seconds)
         except UserError:  # a model that reads what it doesn't predict (spectra, finer codes) can't generate
             return []
-        sample = Sample(name=f"generated/{name}", waveform=made.row(0)[0], sample_rate_hz=made.sample_rate_hz)
+        sample = Sample(name=name, waveform=made.row(0)[0], sample_rate_hz=made.sample_rate_hz)
         samples.append(sample)
     return samples
 

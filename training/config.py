@@ -73,7 +73,8 @@ class RunConfig:
 
     task: Literal["tokenizer", "masked_spectrogram", "dasheng", "representation", "enhancement", "text", "language"]
     output: str
-    """Folder of the run: `checkpoints/`, `model/` (latest averaged weights), `best/`, `log.jsonl`, `tensorboard/`."""
+    """Folder of the run: `checkpoints/`, `model/` (latest averaged weights), `best/`, `samples/`, `log.jsonl`,
+    `tensorboard/`."""
     max_steps: int
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -114,7 +115,13 @@ class RunConfig:
     """Wait for a batch after which a line says where the data thread is; again whenever the wait has doubled."""
     stall_limit_s: float | None = None
     """Wait for a batch after which the run ends; None: never."""
+    sample_every: int | None = None
+    """Steps between samples, such as clips that a language model makes of held-out texts and tags: `samples/` has them
+    as WAV and PNG, boards too. None: with every validation."""
     tensorboard: bool = True
+    wandb: str | None = None
+    """Project of Weights & Biases that is told as well (`pip install 'hybridlm[wandb]'`); `WANDB_MODE=offline` keeps it
+    on the disk. None: none."""
     tokenizer_task: dict[str, Any] | None = None
     """Settings of `task: tokenizer` (training/tokenizer_task.py)."""
     masked_spectrogram: dict[str, Any] | None = None
@@ -141,7 +148,7 @@ class RunConfig:
         for name in ("stall_warning_s", "stall_limit_s"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0")
-        for name in ("max_bad_steps", "patience"):
+        for name in ("max_bad_steps", "patience", "sample_every"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
 
@@ -166,6 +173,8 @@ FREE_ON_RESUME = (
     "stall_warning_s",
     "stall_limit_s",
     "tensorboard",
+    "wandb",
+    "sample_every",
     "init_from",
     "init_partial",
     "optimizer",

@@ -34,8 +34,8 @@ from training.doctor_model import (
     stop_verdict,
 )
 from training.doctor_sound import Sound, copies_verdict, listen, sound_verdicts
-from training.language_task import Sampler
 from training.letters import Letters
+from training.listening import Sampler
 from training.manifest import Clip, Manifest, iterate_clips
 from training.verdict import Verdict, judge
 

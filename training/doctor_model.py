@@ -20,7 +20,7 @@ from tokenizer.metrics import Undefined, mel_distance, stoi
 from training.corpus import CachedClip, TokenCache
 from training.examples import GOES_ON, MAX_PIECES, make_prefix
 from training.finetune_report import compare, compare_output
-from training.language_task import Sampler
+from training.listening import Sampler
 from training.manifest import Clip
 from training.verdict import Verdict, judge
 

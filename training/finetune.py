@@ -34,7 +34,8 @@ from training.finetune_report import (
     old_recordings,
     write_report,
 )
-from training.language_task import LanguageTask, LanguageTaskConfig, Sampler
+from training.language_task import LanguageTask, LanguageTaskConfig
+from training.listening import Sampler
 from training.loop import RunResult, fit
 from training.state import checkpoints
 

@@ -20,7 +20,7 @@ from tokenizer.errors import UserError
 from tokenizer.files import replacing
 from training.corpus import TokenCache, prepare
 from training.evaluate import WINDOW_SECONDS
-from training.language_task import Sampler
+from training.listening import Sampler
 from training.manifest import Manifest, read_manifest
 from training.scoring import score_clips
 

@@ -1,4 +1,4 @@
-"""What a run tells: `log.jsonl` for programs, TensorBoard for eyes and ears, one line for the terminal or the log."""
+"""What a run tells: `log.jsonl` for programs, boards and `samples/` for eyes and ears, one line for the terminal."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tokenizer.audio import write_audio, write_spectrogram
 from tokenizer.errors import UserError
+from training.boards import Board, audible
+from training.state import new_folder
 from training.task import Sample
 
 
@@ -26,23 +29,25 @@ class Journal:
         step: Step from which the run goes on; later lines of an interrupted run are dropped.
         max_steps: For the progress line.
         active: Whether this is the main process.
-        tensorboard: Whether to write event files.
+        boards: Make what else is told figures and samples.
+
+    Raises:
+        UserError: a board that cannot be had.
     """
 
-    def __init__(self, output: Path, *, step: int, max_steps: int, active: bool, tensorboard: bool) -> None:
+    def __init__(
+        self, output: Path, *, step: int, max_steps: int, active: bool, boards: Sequence[Callable[[], Board]] = ()
+    ) -> None:
         self._active = active
-        self._max_steps = max_steps
-        self._board = None
+        self._output, self._max_steps = output, max_steps
+        self._boards: list[Board] = []
         self._progress = None
         if not active:
             return
         path = output / "log.jsonl"
         _drop_after(path, step)
         self._file = path.open("a", encoding="utf-8")
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1 if step else None)
+        self._boards = [make() for make in boards]
         if sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -62,21 +67,24 @@ class Journal:
             print(text, file=sys.stderr, flush=True)
 
     def record(self, kind: str, step: int, figures: Mapping[str, Any]) -> None:
-        """One line of `log.jsonl`, and every number to TensorBoard as `<kind>/<name>`."""
+        """One line of `log.jsonl`, and every number to the boards as `<kind>/<name>`.
+
+        Raises:
+            UserError: the disk is full.
+        """
         if not self._active:
             return
         clean = {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in figures.items()}
         try:
             self._file.write(json.dumps({"kind": kind, "step": step, **clean}) + "\n")
             self._file.flush()
+            numbers = {f"{kind}/{k}": float(v) for k, v in figures.items() if isinstance(v, (int, float))}
+            for board in self._boards:
+                board.figures(step, numbers)
         except OSError as error:
             raise UserError(
                 f"{self._file.name} cannot be written: {error.strerror}; make room and go on with --resume"
             ) from error
-        if self._board is not None:
-            for name, value in figures.items():
-                if isinstance(value, (int, float)):
-                    self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def line(self, step: int, losses: Mapping[str, float], speed: float, remaining_s: float) -> None:
         """Progress on a terminal, a plain line elsewhere."""
@@ -90,13 +98,22 @@ class Journal:
             self.say(f"step {step}/{self._max_steps}  {text}")
 
     def samples(self, step: int, samples: Sequence[Sample]) -> None:
-        """Audio with its spectrogram."""
-        if self._board is None:
+        """Audio with its spectrogram, to the boards and to the run's `samples/step_.../`.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        if not self._active:
             return
         for sample in samples:
-            waveform = sample.waveform.detach().float().cpu().clamp(-1, 1)
-            self._board.add_audio(sample.name, waveform[None], step, sample_rate=sample.sample_rate_hz)
-            self._board.add_image(f"{sample.name}/spectrogram", spectrogram_image(waveform), step)
+            for board in self._boards:
+                board.sample(step, sample)
+        if samples:
+            with new_folder(self._output / "samples" / f"step_{step:08d}") as folder:
+                for sample in samples:
+                    waveform, path = audible(sample)[None], folder / f"{sample.name.replace('/', '-')}.wav"
+                    write_audio(path, waveform, sample.sample_rate_hz)
+                    write_spectrogram(path.with_suffix(".png"), waveform, sample.sample_rate_hz)
 
     def close(self) -> None:
         if not self._active:
@@ -105,8 +122,8 @@ class Journal:
             self._progress.stop()
         with contextlib.suppress(OSError):  # a full disk: `record` has said so
             self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for board in self._boards:
+            board.close()
 
 
 class Meter:
@@ -141,15 +158,6 @@ def pooled_means(totals: Sequence[Mapping[str, tuple[float, int]]]) -> dict[str,
     names = dict.fromkeys(name for each in totals for name in each)
     found = {name: [each[name] for each in totals if name in each] for name in names}
     return {name: sum(s for s, _ in pairs) / sum(n for _, n in pairs) for name, pairs in found.items()}
-
-
-def spectrogram_image(waveform: Tensor) -> Tensor:
-    """Log-magnitude spectrogram (1, 257, frames) in [0, 1], low frequencies at the bottom, 80 dB deep."""
-    if waveform.numel() < 512:
-        waveform = torch.nn.functional.pad(waveform, (0, 512 - waveform.numel()))
-    spectrum = torch.stft(waveform, 512, 256, window=torch.hann_window(512), return_complex=True).abs()
-    decibels = 20 * torch.log10(spectrum.clamp_min(1e-5))
-    return ((decibels - decibels.max()) / 80 + 1).clamp(0, 1).flip(0)[None]
 
 
 def _drop_after(path: Path, step: int) -> None:

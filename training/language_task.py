@@ -6,7 +6,7 @@ Shapes: B batch, P prefix, T frames, K codebooks, D latent.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from hybridlm.backbone import Backbone
 from hybridlm.checkpoint import Checkpoint, open_tokenizer, save_model
 from hybridlm.likelihood import noise_latents
-from hybridlm.model import HybridLM
 from hybridlm.reader import Guide
 from tokenizer.errors import UserError
-from tokenizer.frames import AudioFrames, Tokenizer
+from tokenizer.frames import AudioFrames
 from tokenizer.text import TextTokenizer
 from training.align import read_alignments
 from training.corpus import CachedClip, TokenCache, Window
@@ -40,13 +39,11 @@ from training.examples import (
     with_latents,
 )
 from training.language_loss import LanguageLossConfig, combine, sums
+from training.listening import Sampler, prompts_of
 from training.new_model import new_model, taken_over
 from training.state import checkpoints
 from training.task import Batch, Sample
 from training.token_data import PackedDataConfig, open_frames
-
-Sampler = Callable[[HybridLM, Tokenizer, TextTokenizer], Sequence[Sample]]
-"""Makes a model sound, for TensorBoard; given by the caller, for training does not know sampling."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -308,8 +305,11 @@ class LanguageTask:
         save_model(folder, self.model, self.tokenizer, self.text)
 
     def samples(self) -> Sequence[Sample]:
-        """What the sampler makes of the model."""
-        return self._sampler(self.model, self.tokenizer, self.text) if self._sampler is not None else ()
+        """What the sampler makes of the model, given what some held-out clips have of text and tags."""
+        if self._sampler is None:
+            return ()
+        prompts = () if self.validation_data is None else prompts_of(self.validation_data)
+        return self._sampler(self.model, self.tokenizer, self.text, prompts)
 
     # Inside
 

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch import Tensor
 from tokenizer.errors import UserError
 from training.allocator import keep_freed_memory
 from training.background import Interrupts, Prefetch
+from training.boards import Board, TensorBoard, WeightsAndBiases
 from training.config import OptimizerConfig, RunConfig
 from training.distributed import Replicas, open_backend
 from training.first_lines import native_bf16, notes_on_backend, notes_on_data, notes_on_weights
@@ -123,7 +124,7 @@ class _Run:
             step=self.progress.step,
             max_steps=config.max_steps,
             active=backend.is_main,
-            tensorboard=config.tensorboard,
+            boards=self._boards(),
         )
         self.guard = Guard(config, self.progress, backend, self.journal)
         if config.spikes.norm_ratio > 0 and not backend.limits_norm:
@@ -143,6 +144,14 @@ class _Run:
             load_training_state(
                 checkpoint, "ema", lambda state: self.backend.load_averages(model, ema, state, ema_updates)
             )
+
+    def _boards(self) -> list[Callable[[], Board]]:
+        config, boards = self.config, list[Callable[[], Board]]()
+        if config.tensorboard:
+            boards.append(lambda: TensorBoard(self.output, self.progress.step))
+        if (project := config.wandb) is not None:
+            boards.append(lambda: WeightsAndBiases(self.output, project, self.resolved))
+        return boards
 
     def optimizer_config(self, name: str) -> OptimizerConfig:
         return self.config.optimizers.get(name, self.config.optimizer)
@@ -172,9 +181,13 @@ class _Run:
                 if progress.step % config.log_every == 0 or last:
                     self._log(meter)
                     meter = Meter(meter.seconds_per_step)
-                if progress.step % config.validate_every == 0 or last:
-                    self.validate(final=last)
+                validating = progress.step % config.validate_every == 0 or last
+                listening = progress.step % (config.sample_every or config.validate_every) == 0 or last
+                if validating:
+                    self.validate(listen=listening, final=last)
                     last = last or self._exhausted()
+                elif listening:
+                    self.listen()
                 stop = self.backend.agreed(interrupts.caught)
                 if progress.step % config.checkpoint_every == 0 or last or stop:
                     self.save(final=last or stop)
@@ -247,8 +260,19 @@ class _Run:
             self.ema.update()
         return norm, updated
 
-    def validate(self, *, final: bool = False) -> None:
-        """Figures and samples of the averaged weights; the best ones are exported to `best/`."""
+    def listen(self) -> None:
+        """Samples of the averaged weights."""
+        with self._evaluation():
+            if self.backend.is_main:
+                self._write_samples()
+        self.backend.wait()
+
+    def _write_samples(self) -> None:
+        with self._later(False):
+            self.journal.samples(self.progress.step, self.task.samples())
+
+    def validate(self, *, listen: bool = True, final: bool = False) -> None:
+        """Figures and, with `listen`, samples of the averaged weights; the best ones are exported to `best/`."""
         progress, improved = self.progress, False
         with self._evaluation():
             if self.backend.is_main:
@@ -260,7 +284,8 @@ class _Run:
                             self.task.export(folder)
                         progress.best_figures, progress.best_step = figures, progress.step
                 self.journal.record("validate", progress.step, figures)
-                self.journal.samples(progress.step, self.task.samples())
+                if listen:
+                    self._write_samples()
                 text = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
                 self.journal.say(f"validation at step {progress.step}{' (best)' if improved else ''}: {text}")
                 progress.first_figures = progress.first_figures or figures
@@ -340,6 +365,7 @@ class _Run:
             if self.backend.is_main:
                 clear_leftovers(self.output)
                 clear_leftovers(self.output / "checkpoints")
+                clear_leftovers(self.output / "samples")
         except OSError as error:
             raise UserError(f"output={self.output} cannot be made: {error.strerror}; choose another folder") from error
         if not os.access(self.output, os.W_OK):

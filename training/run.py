@@ -14,7 +14,7 @@ from training.loop import RunResult, fit
 from training.task import Task
 
 if TYPE_CHECKING:
-    from training.language_task import Sampler
+    from training.listening import Sampler
 
 
 def train(

@@ -19,7 +19,7 @@ whose loss is not finite."""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """Audio for a listener; the loop writes it and its spectrogram to TensorBoard."""
+    """Audio for a listener; the loop writes it and its spectrogram to TensorBoard and to the run's folder."""
 
     name: str
     """Tag in TensorBoard, such as `reconstruction/0`."""

@@ -14,6 +14,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -28,6 +29,7 @@ from training.loop import fit
 from training.state import checkpoints, clear_leftovers, load_checkpoint
 from training.task import Batch
 
+real_rmtree = shutil.rmtree
 KEEP = 2
 LONGEST_S = 0.1
 """From a child's first step to its death, at most; it saves several times within."""
@@ -79,6 +81,14 @@ def state(checkpoint: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(checkpoint.glob("*.safetensors"))}
 
 
+def slowly_removed(folder: Path, ignore_errors: bool = False) -> None:
+    """As `shutil.rmtree`, at the pace of a large checkpoint on a slow disk."""
+    for file in folder.iterdir() if folder.is_dir() else ():
+        file.unlink()
+        time.sleep(0.001)
+    real_rmtree(folder, ignore_errors)
+
+
 def quietly(config: RunConfig, begun: int | None = None) -> None:
     """Train, or go on."""
     with contextlib.redirect_stderr(io.StringIO()):
@@ -122,6 +132,7 @@ def examine(output: Path) -> dict[Path, dict[str, bytes]]:
 
 def main(folder: Path, kills: int) -> None:
     os.fsync = lambda descriptor: None  # what a killed process has written stays, without waiting for the disk
+    shutil.rmtree = slowly_removed  # type: ignore[assignment]
     torch.set_num_threads(1)
     output, draw = folder / "killed", random.Random(0)
     quietly(settings(folder / "first", 2, KEEP))  # what is imported on the way, no child has to
