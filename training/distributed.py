@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast, gather_object
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from tokenizer.errors import UserError
 from training.config import OptimizerConfig
 from training.optimizer import AveragedWeights, gradient_norm, load_optimizer_state, make_optimizer, optimizer_state
+from training.processes import Processes, find_processes, on_cpu
 from training.state import module_state
 from training.task import Batch, Task
 
@@ -47,6 +48,7 @@ class Replicas:
         self.is_main: bool = accelerator.is_main_process
         self.rank: int = accelerator.process_index
         self.num_processes: int = accelerator.num_processes
+        self._processes = Processes(self.rank, self.num_processes, self.device)
         self.warnings: list[str] = []
         """Settings that are not in force, and why."""
 
@@ -150,7 +152,7 @@ class Replicas:
 
     def everybody(self, value: Any) -> list[Any]:
         """The values of all processes."""
-        return [value] if self.num_processes == 1 else gather_object([value])
+        return self._processes.gather(value)
 
     def wait(self) -> None:
         """Until all processes are here."""
@@ -245,17 +247,14 @@ def open_backend(device: str, autocast: Callable[[torch.device], torch.dtype | N
         raise UserError("device=cuda, but this machine has no CUDA device that PyTorch can use; set device=cpu")
     if _asked("ACCELERATE_USE_MEGATRON_LM"):
         raise UserError("Megatron-LM is not supported; launch with one of configs/accelerate/")
-    # Several processes without GPUs talk to each other only if accelerate is told that they have none.
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    cpu = device == "cpu" or not (alone or torch.cuda.is_available())
+    cpu = on_cpu(device)
     kind: type[Replicas] = Replicas
     if _asked("ACCELERATE_USE_DEEPSPEED"):
         kind = _deepspeed(cpu or not torch.cuda.is_available())
         cpu = False  # accelerate would leave DeepSpeed out
     elif _asked("ACCELERATE_USE_FSDP"):
         kind = _fsdp()
-    # Precision is the run's own setting, and a gradient scaler would hide what is not finite.
-    accelerator = Accelerator(cpu=cpu, mixed_precision="no")
+    accelerator = find_processes(cpu=cpu)
     backend = kind(accelerator, autocast(accelerator.device))
     for variable, off, asked in (
         ("ACCELERATE_MIXED_PRECISION", "no", "mixed_precision"),
@@ -302,9 +301,3 @@ def on_any_process(holds: bool, device: torch.device) -> bool:
     flag = torch.tensor(float(holds), device=device)
     torch.distributed.all_reduce(flag)
     return bool(flag > 0)
-
-
-def leave() -> None:
-    """Part from the other processes, if there are any; a process that ends without it may hang or crash."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()

@@ -1,6 +1,7 @@
-"""Several processes that share out work which is not training: who they are, what they tell each other, how they end.
+"""Several processes that share out work: how they find one another, what they tell each other, how they part.
 
-They are found as `training.loop` finds them: started by `accelerate launch` or `torchrun`.
+A launcher starts them (`accelerate launch` or `torchrun`). `training.distributed` builds on this what training needs
+besides: who holds which weights.
 """
 
 from __future__ import annotations
@@ -9,13 +10,16 @@ import contextlib
 import os
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
 from tokenizer.errors import UserError
 from tokenizer.loading import resolve_device
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 Item = TypeVar("Item")
 PATIENCE = timedelta(days=1)
@@ -70,6 +74,38 @@ class Processes:
             raise SystemExit(0)
 
 
+def launched() -> int:
+    """How many processes the launcher started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def on_cpu(device: str | None) -> bool:
+    """Whether accelerate has to be told that these processes compute on CPUs.
+
+    Several without GPUs talk to each other only if it is told that they have none.
+
+    Args:
+        device: As `resolve_device` takes it, or `auto`.
+    """
+    asked = device not in (None, "auto") and not str(device).startswith("cuda")
+    return asked or not (launched() == 1 or torch.cuda.is_available())
+
+
+def find_processes(*, cpu: bool, patience: timedelta | None = None) -> Accelerator:
+    """Join the others of this launch.
+
+    Args:
+        cpu: See `on_cpu`.
+        patience: How long one waits for another; None: as long as PyTorch would.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    handlers = [] if patience is None else [InitProcessGroupKwargs(timeout=patience)]
+    # Precision is a run's own setting, and a gradient scaler would hide what is not finite.
+    return Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=handlers)
+
+
 @contextlib.contextmanager
 def joined(device: str | None = "cpu") -> Iterator[Processes]:
     """The processes of this launch, until the end of the block; one without a launcher.
@@ -80,18 +116,20 @@ def joined(device: str | None = "cpu") -> Iterator[Processes]:
     Raises:
         UserError: a device that is not there.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if launched() == 1:
         yield Processes(device=device)
         return
-    from accelerate import Accelerator
-    from accelerate.utils import InitProcessGroupKwargs
-
-    cpu = not torch.cuda.is_available() or (device is not None and not device.startswith("cuda"))
-    accelerator = Accelerator(cpu=cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
+    accelerator = find_processes(cpu=on_cpu(device), patience=PATIENCE)
     processes = Processes(accelerator.process_index, accelerator.num_processes, accelerator.device)
     try:
         with processes.agreed():
             resolve_device(device)
         yield processes
     finally:
-        accelerator.end_training()
+        leave()
+
+
+def leave() -> None:
+    """Part from the other processes, if there are any; a process that ends without it may hang or crash."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

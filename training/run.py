@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from training.config import RunConfig, apply_overrides, read_yaml, resolve
-from training.distributed import leave
 from training.loop import RunResult, fit
+from training.processes import leave
 from training.task import Task
 
 if TYPE_CHECKING:

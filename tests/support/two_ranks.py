@@ -19,8 +19,8 @@ from tests.support.toy_corpus import TINY_MODEL
 from tests.support.toy_task import ToyTask
 from tokenizer.errors import UserError
 from training.config import OptimizerConfig, RunConfig
-from training.distributed import leave
 from training.loop import fit
+from training.processes import leave
 from training.run import train_mapping
 from training.task import Batch, Sample
 
