@@ -6,16 +6,20 @@ is also what a launched process runs: `python -m benchmarks.training_ranks SETTI
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from benchmarks.tokenizer_memory import peak_bytes
 from hybridlm.config import ModelConfig
@@ -124,22 +128,36 @@ def _read(output: Path, count: int) -> dict[str, Any]:
         "fastest": max(speeds),
         "loss": [r["model_loss"] for r in records if r["kind"] == "train"][-1],
         "peak_bytes": [entry["peak"] - entry["imported"] for entry in memory],
+        "held_bytes": [entry["held"] for entry in memory],
     }
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """A table."""
     lines = [
-        "| ranks | processes | frames/s (slowest-fastest step) | against one process | peak MiB a process |",
-        "|---|---|---|---|---|",
+        "| ranks | processes | frames/s (slowest-fastest step) | against one process | peak MiB a process | MiB of "
+        "tensors before a step |",
+        "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        memory = ", ".join(f"{peak / 2**20:.0f}" for peak in row["peak_bytes"])
+        memory, held = (", ".join(f"{size / 2**20:.0f}" for size in row[name]) for name in ("peak_bytes", "held_bytes"))
         lines.append(
             f"| {row['backend']} | {row['processes']} | {row['frames_per_s']:,.0f} ({row['slowest']:,.0f}-"
-            f"{row['fastest']:,.0f}) | {row['speedup']:.2f}x | {memory} |"
+            f"{row['fastest']:,.0f}) | {row['speedup']:.2f}x | {memory} | {held} |"
         )
     return "\n".join(lines)
+
+
+def held_bytes() -> int:
+    """Of all tensors of this process, storages that several share counted once."""
+    found = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some of the objects that are asked whether they are tensors are deprecated
+        for thing in gc.get_objects():
+            if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.layout == torch.strided:
+                storage = thing.untyped_storage()
+                found[storage._cdata] = storage.nbytes()
+    return sum(found.values())
 
 
 def main(settings: Path) -> None:
@@ -164,10 +182,11 @@ def main(settings: Path) -> None:
     )
     task = MadeUpTask(config, Shape(rows=given["rows"], frames=given["frames"], columns=COLUMNS))
     steps = task.loss
-    peaks = [0]
+    peak = held = 0
 
     def loss(*arguments: Any, **named: Any) -> Any:
-        peaks.append(peak_bytes())  # before the checkpoint at the end, which gathers everything
+        nonlocal peak, held
+        peak, held = peak_bytes(), held_bytes()  # before the checkpoint at the end, which gathers everything
         return steps(*arguments, **named)
 
     task.loss = loss  # type: ignore[method-assign]
@@ -176,7 +195,7 @@ def main(settings: Path) -> None:
     finally:
         leave()
     rank = os.environ.get("RANK", "0")
-    (output / f"memory-{rank}.json").write_text(json.dumps({"imported": imported, "peak": max(peaks)}))
+    (output / f"memory-{rank}.json").write_text(json.dumps({"imported": imported, "peak": peak, "held": held}))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ loader (needs --config, a language task's settings whose caches are there): seco
 memory, and their share of a step on the same batches, were they not made in a thread beside it.
 
 ranks: one process against two on this machine's CPUs, the same global batch, under each of configs/accelerate's
-backends: frames a second and the peak memory of a process above what it had imported.
+backends: frames a second, the peak memory of a process above what it had imported, and the tensors that it holds
+before a step: weights, their optimizer's state, and whatever a backend keeps besides.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def test_two_processes_have_the_batch_of_one(tmp_path: Path, monkeypatch: pytest
         given = json.loads(settings.read_text())
         launched.append((backend, count, given["rows"] * given["accumulate"] * count))
         training_ranks.main(settings)
-        (Path(given["output"]) / "memory-1.json").write_text('{"imported": 1, "peak": 3}')
+        (Path(given["output"]) / "memory-1.json").write_text('{"imported": 1, "peak": 3, "held": 2}')
 
     monkeypatch.setattr(training_ranks, "_launch", launch)
     options = ["--parts", "ranks", "--size", "tiny", "--rows", "4", "--frames", "12", "--steps", "2"]
@@ -65,5 +65,7 @@ def test_two_processes_have_the_batch_of_one(tmp_path: Path, monkeypatch: pytest
     assert launched == [(None, 1, 4), ("ddp", 2, 4), ("zero3", 2, 4)]
     one, ddp, _ = json.loads((tmp_path / "ranks.json").read_text())["ranks"]
     assert len(one["peak_bytes"]) == 1 and ddp["peak_bytes"][1] == 2
+    weights = 4 * HybridLM(model_config("tiny", 12)).num_parameters()
+    assert one["held_bytes"][0] > 3 * weights and ddp["held_bytes"][1] == 2  # with AdamW's moments
     assert one["speedup"] == 1.0 and ddp["speedup"] == ddp["frames_per_s"] / one["frames_per_s"]
     assert training_speed.main(["--parts", "ranks", "--rows", "3"]) == 2

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tests.support.toy_corpus import TINY_MODEL
 from tests.support.toy_task import ToyTask
 from tokenizer.errors import UserError
-from training.config import OptimizerConfig, RunConfig
+from training.config import OptimizerConfig, RunConfig, SpikeConfig
 from training.loop import fit
 from training.processes import leave
 from training.run import train_mapping
@@ -75,7 +75,7 @@ class Stack(nn.Module):
 
 
 class SharedTask:
-    """Fits y = 2x; one global batch has a loss that is not finite, and one in four uses another weight.
+    """Fits y = 2x; one global batch has a loss that is not finite, one is loud, and one in four uses another weight.
 
     Args:
         seed: Of the initial weights.
@@ -102,7 +102,8 @@ class SharedTask:
     def batches(self, *, seed: int, rank: int, world_size: int, skip: int) -> Iterator[Batch]:
         number = skip * world_size + rank
         while True:
-            yield {"x": torch.randn(8, 3, generator=torch.Generator().manual_seed(number)), "number": number}
+            x = torch.randn(8, 3, generator=torch.Generator().manual_seed(number))
+            yield {"x": x * (30 if 60 <= number < 64 else 1), "number": number}
             number += world_size
 
     def size(self, batch: Batch) -> int:
@@ -131,6 +132,7 @@ def settings(output: Path, accumulate: int) -> RunConfig:
         validate_every=10,
         checkpoint_every=10,
         accumulate=accumulate,
+        spikes=SpikeConfig(loss_deviations=50.0, window=8, min_updates=4),
         ema_decay=0.9,
         optimizer=OptimizerConfig(learning_rate=0.01, warmup_steps=3, weight_decay=0.1, max_grad_norm=0.5),
     )

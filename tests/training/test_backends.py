@@ -70,7 +70,7 @@ def assert_same_state(run: Path, other: Path) -> None:
 @pytest.mark.parametrize("backend", EVERY)
 def test_curves_and_states_equal_those_of_one_process(runs: Path, backend: str) -> None:
     found, expected = curve(runs / backend), curve(runs / "one")
-    assert expected["skipped"].tolist() == [6]
+    assert expected["skipped"].tolist() == [6, 16]  # not finite; a spike
     assert len(expected["step"]) == 20
     assert float(expected["model_grad_norm"].max()) > 0.5  # clipped
     for name in expected:
