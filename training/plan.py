@@ -156,6 +156,8 @@ def memory(
     held = -(-whole // gpus) if shares else whole
     moments = 2 * (whole if backend == "ddp" else -(-whole // gpus))
     states = {"weights": held, "optimizer": moments, "averaged weights": held if averaged else 0}
+    if backend.startswith("zero"):
+        states["DeepSpeed's copy"] = -(-whole // gpus)  # it steps a flat one of its share of the weights
     if isinstance(tokenizer, nn.Module):
         states["tokenizer"] = sum(t.numel() * t.element_size() for t in (*tokenizer.parameters(), *tokenizer.buffers()))
     activations = {name: size for name, size in found.activations.items() if not (shares and name == COPIES)}

@@ -31,8 +31,8 @@ from training.task import Batch
 
 real_rmtree = shutil.rmtree
 KEEP = 2
-LONGEST_S = 0.1
-"""From a child's first step to its death, at most; it saves several times within."""
+MOST_STEPS = 3
+"""That a child begins, at most."""
 
 
 def settings(output: Path, max_steps: int, keep: int) -> RunConfig:
@@ -58,7 +58,7 @@ class ImprovingTask(ToyTask):
     """Every validation is the best, so that `best/` is written over and over.
 
     Args:
-        begun: Descriptor to which a byte is written at the first step.
+        begun: Descriptor to which a byte is written at every step.
     """
 
     def __init__(self, begun: int | None = None) -> None:
@@ -66,9 +66,8 @@ class ImprovingTask(ToyTask):
         self.begun = begun
 
     def loss(self, turn: str, batch: Batch, *, step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict]:
-        if self.begun is not None:
+        if self.begun is not None and turn == "model":
             os.write(self.begun, b".")
-            self.begun = None
         return super().loss(turn, batch, step=step, generator=generator)
 
     def validate(self) -> dict[str, float]:
@@ -95,8 +94,17 @@ def quietly(config: RunConfig, begun: int | None = None) -> None:
         fit(ImprovingTask(begun), config, {}, resume=True)
 
 
-def killed_child(output: Path, delay: float) -> None:
-    """Go on with the run in a fork of this process, and kill it so many seconds after its first step."""
+def killed_child(output: Path, draw: random.Random, pace: float) -> float:
+    """Go on with the run in a fork of this process, and kill it at some moment of one of its first steps.
+
+    Args:
+        output: Folder of the run.
+        draw: Of the moment.
+        pace: Seconds a step, saving included.
+
+    Returns:
+        The pace, as the child had it.
+    """
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -105,12 +113,17 @@ def killed_child(output: Path, delay: float) -> None:
         finally:
             os._exit(1)
     os.close(writing)
-    os.read(reading, 1)
-    os.close(reading)
-    time.sleep(delay)
+    begun = []
+    for _ in range(draw.randint(1, MOST_STEPS)):
+        assert os.read(reading, 1) == b".", "the child ended by itself"
+        begun.append(time.monotonic())
+    pace = begun[-1] - begun[-2] if len(begun) > 1 else pace
+    time.sleep(draw.uniform(0.0, pace))
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status), f"the child ended by itself after {delay:.3f} s"
+    os.close(reading)
+    assert os.WIFSIGNALED(status), "the child ended by itself"
+    return pace
 
 
 def examine(output: Path) -> dict[Path, dict[str, bytes]]:
@@ -136,10 +149,10 @@ def main(folder: Path, kills: int) -> None:
     torch.set_num_threads(1)
     output, draw = folder / "killed", random.Random(0)
     quietly(settings(folder / "first", 2, KEEP))  # what is imported on the way, no child has to
-    seen: dict[str, dict[str, bytes]] = {}
+    pace, seen = 0.02, dict[str, dict[str, bytes]]()
     moments = {"while writing": 0, "elsewhere": 0}
     for _ in range(kills):
-        killed_child(output, draw.uniform(0.0, LONGEST_S))
+        pace = killed_child(output, draw, pace)
         half = any(output.rglob(".*.writing")) or any(output.rglob(".*.retired"))
         moments["while writing" if half else "elsewhere"] += 1
         before = max(seen, default="")

@@ -99,6 +99,7 @@ def test_what_each_backend_shares(backend: Backend) -> None:
     sharded = backend in ("zero3", "fsdp2")
     assert shared["weights"] == shared["averaged weights"] == (quarter if sharded else whole)
     assert shared["optimizer"] == 2 * (whole if backend == "ddp" else quarter)
+    assert shared.get("DeepSpeed's copy", 0) == (quarter if backend.startswith("zero") else 0)
     assert (shared["gradients"] < whole) == (backend in ("zero2", "zero3", "fsdp2"))
     assert (COPIES in shared) == (not sharded) and ("gathered weights" in shared) == sharded
     alone = memory(model, tiny_tokenizer(), found, gpus=1, backend=backend, averaged=False)
