@@ -16,7 +16,8 @@ from torch import Tensor
 from sampling.controls import Controls
 from sampling.drift import WindowStatistics, average, changes, window_statistics
 from sampling.generate import Drawn, FrameLoop, Limits, Request
-from sampling.pipeline import PROMPT_SECONDS, AudioModel
+from sampling.pipeline import AudioModel
+from sampling.request import PROMPT_SECONDS
 from tokenizer.errors import UserError
 from tokenizer.frames import AudioFrames
 from tokenizer.metrics import mel_distance

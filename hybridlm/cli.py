@@ -63,7 +63,8 @@ def demo(
 def generate(
     model: ModelOption = "box",
     adapter: AdapterOption = None,
-    text: Annotated[str | None, typer.Option(help="What to say.", callback=_check_text)] = None,
+    text: Annotated[str | None, typer.Option(help="What to say, of any length.", callback=_check_text)] = None,
+    text_file: Annotated[Path | None, typer.Option(metavar="FILE", help="What to say, from a file of text.")] = None,
     tag: Annotated[list[str] | None, typer.Option(help="What it should be; may be repeated.")] = None,
     audio: Annotated[Path | None, typer.Option(metavar="PROMPT", help="A recording to continue.")] = None,
     reference: Annotated[
@@ -100,15 +101,24 @@ def generate(
         typer.Option(metavar="LUFS", help="Loudness of the result (BS.1770), true peak at most -1 dB; -16, say."),
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; CUDA where there is one if not given.")] = None,
-    output: Annotated[Path, typer.Option(metavar="FILE", help="WAV or FLAC; a spectrogram PNG goes beside it.")] = Path(
-        "output.wav"
-    ),
+    output: Annotated[
+        Path, typer.Option(metavar="FILE", help="WAV or FLAC, a spectrogram PNG goes beside it; - for stdout.")
+    ] = Path("output.wav"),
+    stream: Annotated[bool, typer.Option("--stream", help="Write while it is made; long ones always are.")] = False,
+    form: Annotated[
+        str | None, typer.Option("--format", metavar="wav|pcm", help="Of stdout: WAV, or bare 16-bit samples.")
+    ] = None,
+    max_drift: Annotated[
+        float | None,
+        typer.Option(metavar="X", help="Re-anchor when the sound is X band widths off its first seconds; 2, say."),
+    ] = None,
     save_plan: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Keep the drawn codes here (.safetensors), for 'hybridlm render'."),
     ] = None,
     precision: PrecisionOption = "fp32",
     compile: Annotated[bool, typer.Option("--compile", help="Compile a frame's step first; pays on GPUs.")] = False,
+    json_file: JsonOption = None,
 ) -> None:
     """Make audio from text, from tags, from a recording to continue, or from nothing."""
     from sampling.files import run
@@ -118,6 +128,7 @@ def generate(
         model=model,
         adapter=adapter,
         text=text,
+        text_file=text_file,
         tags=tag or (),
         audio=audio,
         reference=reference,
@@ -139,9 +150,13 @@ def generate(
         loudness=loudness,
         device=str(resolve_device(device)),
         output=output,
+        stream=stream,
+        form=form,
+        max_drift=max_drift,
         save_plan=save_plan,
         precision=precision or "fp32",
         compile=compile,
+        json_file=json_file,
     )
 
 

@@ -36,13 +36,21 @@ class GeneratedAudio:
     """What a listener should know, such as a sentence that did not end by itself."""
     plan: Plan | None = None
     """What `sampling.render` makes the audio from again, where it was asked for."""
+    interrupted: bool = False
+    """Whether Ctrl-C ended it early."""
 
     def row(self, index: int) -> Float[Tensor, "1 S"]:
         """One recording, cut to its length."""
         return self.waveform[index, :, : int(self.lengths[index])]
 
 
-def assemble(tokenizer: Tokenizer, source: Source, request: Request, drawn: Sequence[Drawn]) -> GeneratedAudio:
+def assemble(
+    tokenizer: Tokenizer,
+    source: Source,
+    request: Request,
+    drawn: Sequence[Drawn],
+    waveform: Float[Tensor, "1 1 S"] | None = None,
+) -> GeneratedAudio:
     """The audio of frames that were drawn one after the other.
 
     Args:
@@ -50,10 +58,13 @@ def assemble(tokenizer: Tokenizer, source: Source, request: Request, drawn: Sequ
         source: What the audio is decoded from.
         request: What was drawn for.
         drawn: At least one frame.
+        waveform: Of a single row, where it is decoded already.
     """
     made = torch.stack([step.active for step in drawn], dim=1).sum(dim=1).cpu()
     frames = _join(tokenizer, source, request, drawn, made)
-    waveform, lengths = _decode(tokenizer, source, frames)
+    lengths = frames.lengths * tokenizer.hop_length
+    if waveform is None:
+        waveform = _decode(tokenizer, source, frames)
     new, seed = (made * tokenizer.hop_length).tolist(), request.seeds[0]
     peaks = [
         float(row[0, max(0, length - count) : length].abs().max())
@@ -70,6 +81,34 @@ def assemble(tokenizer: Tokenizer, source: Source, request: Request, drawn: Sequ
             f"seed {seed + row}: silent; use another seed" for row, peak in enumerate(peaks) if peak < SILENT_PEAK
         ),
     )
+
+
+def stack(rows: Sequence[GeneratedAudio]) -> GeneratedAudio:
+    """Recordings of one row each as one record of all, the shorter ones padded."""
+    samples, frames = (max(int(row.lengths[0]) for row in rows), max(int(row.frames.lengths[0]) for row in rows))
+    waveform = torch.zeros(len(rows), 1, samples)
+    first = rows[0].frames
+    codes = first.codes.new_zeros(len(rows), first.codes.shape[1], frames)
+    latents = first.latents.new_zeros(len(rows), frames, first.latents.shape[2])
+    for number, row in enumerate(rows):
+        waveform[number, :, : row.waveform.shape[-1]] = row.waveform[0]
+        codes[number, :, : row.frames.codes.shape[2]] = row.frames.codes[0]
+        latents[number, : row.frames.latents.shape[1]] = row.frames.latents[0]
+    return replace(
+        rows[0],
+        waveform=waveform,
+        lengths=torch.cat([row.lengths for row in rows]),
+        frames=AudioFrames(codes=codes, latents=latents, lengths=torch.cat([row.frames.lengths for row in rows])),
+        seconds_made=sum(row.seconds_made for row in rows),
+        warnings=tuple(warning for row in rows for warning in row.warnings),
+        interrupted=any(row.interrupted for row in rows),
+    )
+
+
+def as_interrupted(audio: GeneratedAudio) -> GeneratedAudio:
+    """The same, which says that it was ended early."""
+    told = f"interrupted: {audio.seconds_made:.2f} s were made"
+    return replace(audio, interrupted=True, warnings=(*audio.warnings, told))
 
 
 def at_loudness(audio: GeneratedAudio, lufs: float | None, like: GeneratedAudio | None = None) -> GeneratedAudio:
@@ -124,9 +163,7 @@ def _join(
 
 
 @torch.no_grad()  # and no inference mode: its tensors would be of no use to a caller who trains on the audio
-def _decode(
-    tokenizer: Tokenizer, source: Source, frames: AudioFrames
-) -> tuple[Float[Tensor, "B 1 S"], Int[Tensor, " B"]]:
+def _decode(tokenizer: Tokenizer, source: Source, frames: AudioFrames) -> Float[Tensor, "B 1 S"]:
     """Audio of every row on its own: what follows a row's end in the batch can't reach its last samples."""
     lengths = frames.lengths * tokenizer.hop_length
     waveform = torch.zeros(len(lengths), 1, int(lengths.max()))
@@ -136,4 +173,4 @@ def _decode(
         else:
             samples = tokenizer.decode_codes(frames.codes[row : row + 1, :, :count])
         waveform[row, :, : samples.shape[-1]] = samples[0].float().cpu()
-    return waveform, lengths
+    return waveform

@@ -28,7 +28,8 @@ class Controls:
     """The settings of one generation. The defaults are the ones that `hybridlm generate` uses."""
 
     temperature: float = 0.7
-    """Divides the logits of codes and of mixture components; 0 takes the most likely choice every time."""
+    """Divides the logits of codes and of mixture components; 0 takes the most likely choice every time, the stop
+    included, whatever the seed."""
     latent_temperature: float | None = None
     """Multiplies the variance of the drawn latents (CALM, arXiv 2509.06926); None: `temperature`."""
     latent_steps: int | None = None
@@ -50,7 +51,8 @@ class Controls:
     stop_floor: float = 0.1
     """Stop probabilities below this count as 0: at 25 frames a second even 1 % a frame would cut most sentences."""
     stop_threshold: float | None = None
-    """Stop at the first frame whose stop probability reaches this, whatever the seed. None: the stop is drawn."""
+    """Stop at the first frame whose stop probability reaches this, whatever the seed. None: the stop is drawn, or at
+    temperature 0 taken where it is likelier than not."""
     min_duration: float | None = None
     """Seconds before which speech does not stop. None: those that the fastest reader would take."""
     loudness: float | None = None
@@ -95,6 +97,13 @@ class Controls:
         if self.cfg is not None:
             return self.cfg
         return TEXT_GUIDANCE if with_text else 1.0
+
+    @property
+    def stops_at(self) -> float | None:
+        """Stop probability at which every seed stops; None where the stop is drawn."""
+        if self.stop_threshold is None and self.temperature == 0:
+            return 0.5
+        return self.stop_threshold
 
     @property
     def latent_variance_scale(self) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -19,11 +20,13 @@ from torch import Tensor
 
 from sampling.assemble import GeneratedAudio
 from sampling.controls import Controls, changed
+from sampling.longform import LongForm, segment_sentences
 from sampling.pipeline import load
 from sampling.plan import check_name
+from sampling.streamed import check_format, write_streams
 from tokenizer.audio import write_audio, write_spectrogram
 from tokenizer.errors import UserError
-from tokenizer.files import replacing
+from tokenizer.files import read_text, replacing
 
 SUBTYPES = {".wav": "PCM_16", ".flac": "PCM_16"}
 
@@ -33,6 +36,7 @@ def run(
     model: str | Path = "box",
     adapter: str | Path | None = None,
     text: str | None = None,
+    text_file: str | Path | None = None,
     tags: Sequence[str] = (),
     audio: str | Path | None = None,
     reference: str | Path | None = None,
@@ -45,6 +49,10 @@ def run(
     save_plan: str | Path | None = None,
     precision: str = "fp32",
     compile: bool = False,
+    stream: bool = False,
+    form: str | None = None,
+    max_drift: float | None = None,
+    json_file: str | Path | None = None,
     **changes: float | int | None,
 ) -> list[Path]:
     """`hybridlm generate`: make `num_samples` recordings, write them and print one line for each.
@@ -53,6 +61,7 @@ def run(
         model: "box", a model's folder or a hub id.
         adapter: An adapter of that model.
         text: What to say; None for music, sound or a continuation.
+        text_file: A file of it instead.
         tags: Names of tags, such as "music".
         audio: A recording to continue.
         reference: A recording to sound like.
@@ -61,10 +70,14 @@ def run(
         num_samples: How many; the i-th equals a single one made with `seed + i`.
         seed: None draws a seed, which is printed.
         device: "cpu", "cuda", ...
-        output: WAV or FLAC; several become NAME-1.wav, NAME-2.wav, ...
+        output: WAV or FLAC; several become NAME-1.wav, NAME-2.wav, ...; "-" for standard output.
         save_plan: Where what `hybridlm render` reads goes, all recordings in one file; None for nowhere.
         precision: Of the weights (`AudioModel.pack`).
         compile: Compile a frame's step first, which pays for long recordings only.
+        stream: Write each recording while it is made.
+        form: "wav" or "pcm", for output "-".
+        max_drift: See `LongForm`.
+        json_file: Where figures go, with those of drift; None for nowhere.
         changes: Fields of `Controls`; None for the default.
 
     Returns:
@@ -72,12 +85,26 @@ def run(
 
     Raises:
         UserError: for a request that makes no sense, or a place that can't be written; before anything is generated.
+        KeyboardInterrupt: on Ctrl-C, after what was made is written.
     """
     if num_samples < 1:
         raise UserError(f"num_samples={num_samples} must be at least 1")
+    if text_file is not None:
+        if text is not None:
+            raise UserError(f"text and text_file={str(text_file)!r} are two texts; give one of them")
+        text = read_text(Path(text_file))
     controls = changed(Controls(), **changes)
-    paths = output_paths(Path(output), num_samples)
-    check_writable(paths[0])
+    long_form = LongForm(max_drift=max_drift)
+    to_stdout = check_format(output, form)
+    if to_stdout and num_samples > 1:
+        raise UserError(f"num_samples={num_samples} recordings can't share standard output; make one, or name a file")
+    paths = [Path(output)] if to_stdout else output_paths(Path(output), num_samples)
+    if not to_stdout:
+        check_writable(paths[0])
+    if json_file is not None:
+        check_writable(Path(json_file))
+    if (stream or to_stdout or json_file is not None) and save_plan is not None:
+        raise UserError("save_plan needs the whole recording at once; leave out stream, json and standard output")
     if save_plan is not None:
         check_writable(check_name(Path(save_plan)))
     seed = secrets.randbelow(2**31) if seed is None else seed
@@ -85,31 +112,42 @@ def run(
     rows = num_samples * (2 if guided else 1) if compile else 0
     audio_model = load(model, device=device, adapter=adapter, precision=precision, compile_rows=rows)
     for line in audio_model.told:
-        print(line)
+        print(line, file=sys.stderr if to_stdout else sys.stdout)
+    asked: dict[str, Any] = {
+        "text": text,
+        "tags": tags,
+        "audio": audio,
+        "reference": reference,
+        "reference_text": reference_text,
+        "duration": duration,
+        "seed": seed,
+        "controls": controls,
+        "long_form": long_form,
+    }
+    whole = controls.loudness is not None or save_plan is not None
+    rate, most = audio_model.tokenizer.frame_rate_hz, audio_model.model.config.max_frames
+    in_segments = segment_sentences(text, duration, long_form, rate, most) is not None
+    if stream or to_stdout or json_file is not None or (in_segments and not whole):
+        figures = None if json_file is None else Path(json_file)
+        write_streams(audio_model, {**asked, "measure_drift": figures is not None}, paths, form=form, json_file=figures)
+        return paths
     began = time.perf_counter()
     made = audio_model.generate(
-        text=text,
-        tags=tags,
-        audio=audio,
-        reference=reference,
-        reference_text=reference_text,
-        duration=duration,
-        num_samples=num_samples,
-        seed=seed,
-        controls=controls,
-        keep_plan=save_plan is not None,
+        **asked, num_samples=num_samples, keep_plan=save_plan is not None, keep_interrupted=True
     )
     took = time.perf_counter() - began
     write_rows(made, paths)
     if made.plan is not None and save_plan is not None:
         made.plan.save(save_plan)
     tell_rows(made, paths, took)
+    if made.interrupted:
+        raise KeyboardInterrupt
     return paths
 
 
 def tell_rows(made: GeneratedAudio, paths: Sequence[Path], took_s: float) -> None:
     """Print a line for each recording, and the warnings."""
-    for row, path in enumerate(paths):
+    for row, path in enumerate(paths[: len(made.lengths)]):
         length = int(made.lengths[row]) / made.sample_rate_hz
         print(f"{path}  {length:.2f} s  {made.seconds_made / took_s:.1f}x real time  seed {made.seed + row}")
     for warning in made.warnings:
@@ -118,7 +156,7 @@ def tell_rows(made: GeneratedAudio, paths: Sequence[Path], took_s: float) -> Non
 
 def write_rows(audio: GeneratedAudio, paths: Sequence[Path]) -> None:
     """Write every row to its file, and its spectrogram beside it under the same name ending in .png."""
-    for row, path in enumerate(paths):
+    for row, path in enumerate(paths[: len(audio.lengths)]):
         write_audio(path, audio.row(row), audio.sample_rate_hz)
         write_spectrogram(path.with_suffix(".png"), audio.row(row), audio.sample_rate_hz)
 

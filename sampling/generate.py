@@ -306,8 +306,8 @@ def _context(request: Request, rows: int) -> AudioFrames | None:
 def _stops(logit: Float[Tensor, " B"], uniforms: Float[Tensor, "B 1"], controls: Controls) -> Bool[Tensor, " B"]:
     """Whether each row stops here: drawn, and probabilities below the floor count as 0; or by a threshold alone."""
     probability = logit.float().sigmoid()
-    if controls.stop_threshold is not None:
-        return probability >= controls.stop_threshold
+    if controls.stops_at is not None:
+        return probability >= controls.stops_at
     return (probability >= controls.stop_floor) & (uniforms[:, 0] < probability)
 
 

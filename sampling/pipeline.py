@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -14,42 +14,25 @@ from torch import Tensor
 from hybridlm.adapter import Base, adapter_names, load_adapter, use_adapter
 from hybridlm.checkpoint import load_model, resolve
 from hybridlm.compiling import compile_step, drop
-from hybridlm.config import ModelConfig
 from hybridlm.folder import fingerprint
 from hybridlm.model import HybridLM
 from hybridlm.precision import AUTO, Precision, check, choose, pack, plain_state, unpack
-from sampling.assemble import GeneratedAudio, assemble, at_loudness
+from sampling.assemble import GeneratedAudio, as_interrupted, assemble, at_loudness, stack
 from sampling.controls import Controls, changed
 from sampling.generate import Drawn, Hear, Request, generate_frames
-from sampling.heard import HeardFeatures, can_be_heard
-from sampling.limits import frame_limits
+from sampling.heard import HeardFeatures
+from sampling.longform import Asked, LongForm, LongRun, asked_in_segments
+from sampling.monitor import DriftMonitor
 from sampling.plan import Origin, Plan
+from sampling.request import Past, RequestBuilder, names_of, told_of
 from sampling.scheduler import Scheduler
-from sampling.stream import stream_audio
-from tokenizer.audio import audio_info, read_audio
+from sampling.stream import AudioStream, stream_audio, until_interrupted, watched
 from tokenizer.errors import UserError
 from tokenizer.frames import AudioFrames, Source, Tokenizer
 from tokenizer.text import TextTokenizer
 
-PROMPT_SECONDS = 60.0
-"""A longer recording is continued from its last minute: no model here looks further back."""
-LARGEST_SEED = 2**63 - 1
-"""What a torch.Generator takes."""
-VOICE_TAGS = ("speech", "speaker:kathleen")
-"""What text is spoken with when no tag is given; those of them that the model knows."""
-
-
-class Past(NamedTuple):
-    """A recording that comes before what is made."""
-
-    frames: AudioFrames
-    """At most the last minute."""
-    reference: bool
-    """Whether it is looked at only."""
-    text: str | None
-    """What is known to be said in a reference."""
-    cut_from: float | None
-    """Seconds of a recording that was longer."""
+WHOLE_CHUNK_FRAMES = 50
+"""Frames that are decoded together where nobody waits for the first."""
 
 
 class AudioModel:
@@ -109,6 +92,11 @@ class AudioModel:
             UserError: no adapter of that name is loaded.
         """
         use_adapter(self.model, name)
+
+    @property
+    def requests(self) -> RequestBuilder:
+        """What says in frames what is asked for."""
+        return RequestBuilder(self.model, self.tokenizer, self.text)
 
     @property
     def tags(self) -> list[str]:
@@ -174,16 +162,19 @@ class AudioModel:
         reference: str | Path | Float[Tensor, "1 S"] | None = None,
         reference_text: str | None = None,
         keep_plan: bool = False,
+        long_form: LongForm | None = None,
+        keep_interrupted: bool = False,
     ) -> GeneratedAudio:
         """Make audio.
 
         Args:
-            text: What to say. Without it, the model makes what the tags say, or goes on with `audio`, or anything.
+            text: What to say, of any length. Without it, the model makes what the tags say, or goes on with `audio`, or
+                anything.
             tags: Names of tags, such as "music"; see `tags`.
             audio: A recording to continue: a file, or samples at `sample_rate_hz`. The result begins with it, or with
                 its last minute if it is longer.
             duration: Seconds of new audio; exactly so many without text, at most so many with text.
-            num_samples: How many to make at once.
+            num_samples: How many to make; at once, but for long ones.
             seed: Row i is drawn with `seed + i`, and is the same alone, in a batch or streamed.
             temperature, top_k, top_p, cfg: Override those of `controls`.
             controls: See `Controls`; its defaults where None.
@@ -192,21 +183,35 @@ class AudioModel:
                 `reference_text`, and `text` begins after it.
             reference_text: What is said in the reference, if `text` goes on in the same voice.
             keep_plan: Give what the same audio can be made from again, and with other latents (`sampling.render`).
+            long_form: How what is too long to be made at once is made; see `LongForm`, its defaults where None.
+            keep_interrupted: On Ctrl-C, return what was made so far, which then says so.
 
         Raises:
-            UserError: for a value that makes no sense, an unknown tag, text that is empty or too long, a recording that
-                can't be read, or a model that can't generate.
+            UserError: for a value that makes no sense, an unknown tag, text that is empty, a recording that can't be
+                read, or a model that can't generate.
         """
         if num_samples < 1:
             raise UserError(f"num_samples={num_samples} must be at least 1")
         controls = changed(controls or Controls(), temperature=temperature, top_k=top_k, top_p=top_p, cfg=cfg)
-        past = self._past(text, audio, reference, reference_text)
-        request = self._request(text, tags, past, duration, seed, num_samples, controls)
+        past = self.requests.past(text, audio, reference, reference_text)
         if keep_plan and not self.model.config.uses_codes:
             raise UserError("a continuous model draws no codes, so it has no plan to save; leave it out")
-        steps = list(generate_frames(self.model, request, self.hear(request)))
+        long_form = long_form or LongForm()
+        asked = asked_in_segments(self.requests, text, tags, past, duration, seed, controls, long_form)
+        if asked is not None:
+            if keep_plan:
+                raise UserError("what is made in segments has no plan to save; leave it out, or ask for less at once")
+            return self._in_segments(asked, num_samples, long_form, keep_interrupted)
+        request = self.requests.request(text, tags, past, duration, seed, num_samples, controls)
+        frames = generate_frames(self.model, request, self.hear(request))
+        steps, interrupted = until_interrupted(frames, keep=keep_interrupted)
         made = self._finished(request, steps, past, controls, speech_ends=text is not None and duration is None)
-        return replace(made, plan=self._plan(request, steps, text, tags)) if keep_plan else made
+        made = replace(made, warnings=(*made.warnings, *long_form.unused))
+        made = as_interrupted(made) if interrupted else made
+        if not keep_plan:
+            return made
+        rate = self.tokenizer.frame_rate_hz
+        return replace(made, plan=Plan.of(request, steps, self.origin, rate, text, names_of(tags)))
 
     def generate_many(self, asked: Sequence[Mapping[str, Any]], *, max_rows: int = 8) -> list[GeneratedAudio]:
         """Make different recordings side by side; each is what `generate` makes of it alone.
@@ -225,8 +230,10 @@ class AudioModel:
             drawn_by = {name: settings.pop(name, None) for name in ("temperature", "top_k", "top_p", "cfg")}
             controls = changed(settings.pop("controls") or Controls(), **drawn_by)
             text, duration = settings["text"], settings["duration"]
-            past = self._past(text, settings.pop("audio"), settings.pop("reference"), settings.pop("reference_text"))
-            request = self._request(past=past, num_samples=1, controls=controls, **settings)
+            past = self.requests.past(
+                text, settings.pop("audio"), settings.pop("reference"), settings.pop("reference_text")
+            )
+            request = self.requests.request(past=past, num_samples=1, controls=controls, **settings)
             entries.append((request, past, controls, text is not None and duration is None))
         scheduler = Scheduler(self.model, max_rows=max_rows)
         numbers = {scheduler.submit(entry[0], self.hear(entry[0])): number for number, entry in enumerate(entries)}
@@ -257,13 +264,10 @@ class AudioModel:
             if speech_ends and count == limit
         ]
         made = at_loudness(replace(made, warnings=(*unended, *made.warnings)), controls.loudness)
-        if past is not None and past.cut_from is not None:
-            used = "looked at" if past.reference else "continued"
-            cut = f"the recording is {past.cut_from:.0f} s long; its last {PROMPT_SECONDS:g} s are {used}"
-            made = replace(made, warnings=(*made.warnings, cut))
+        made = replace(made, warnings=(*made.warnings, *told_of(past)))
         return made
 
-    def stream(
+    def generate_stream(
         self,
         text: str | None = None,
         tags: Sequence[str] = (),
@@ -278,11 +282,16 @@ class AudioModel:
         chunk_frames: int = 5,
         reference: str | Path | Float[Tensor, "1 S"] | None = None,
         reference_text: str | None = None,
-    ) -> Iterator[Float[Tensor, "1 1 S"]]:
+        long_form: LongForm | None = None,
+        measure_drift: bool = False,
+    ) -> AudioStream:
         """Make one recording and hand it out while it is made; the pieces, joined, equal `generate` to 1e-5.
+
+        Memory stays that of a segment, however long the recording.
 
         Args: as `generate`, and
             chunk_frames: Frames in a piece; the first piece comes after one frame. A prompt is the first piece.
+            measure_drift: Compare what is made with its first seconds (`sampling.monitor`); see `AudioStream.report`.
 
         Raises:
             UserError: as `generate`, at the call, before the first piece.
@@ -290,18 +299,77 @@ class AudioModel:
         if chunk_frames < 1:
             raise UserError(f"chunk_frames={chunk_frames} must be at least 1")
         controls = changed(controls or Controls(), temperature=temperature, top_k=top_k, top_p=top_p, cfg=cfg)
-        past = self._past(text, audio, reference, reference_text)
+        past = self.requests.past(text, audio, reference, reference_text)
         if controls.loudness is not None:
             raise UserError(
                 f"loudness={controls.loudness} LUFS needs the whole recording, which a stream has not; leave it out"
             )
-        request = self._request(text, tags, past, duration, seed, 1, controls)
-        prompt = None
-        if request.prompt is not None and not request.reference:
-            kept = request.prompt.codes[:, : self.model.config.output_codebooks]
-            prompt = kept if self.source == "codes" else request.prompt.latents
-        steps = generate_frames(self.model, request, self.hear(request))
-        return stream_audio(self.tokenizer, self.source, prompt, steps, chunk_frames)
+        long_form = long_form or LongForm()
+        monitor = (
+            DriftMonitor(self.tokenizer, long_form.watch) if measure_drift or long_form.max_drift is not None else None
+        )
+        asked = asked_in_segments(self.requests, text, tags, past, duration, seed, controls, long_form)
+        if asked is not None:
+            run = LongRun(self.requests, self.hear, asked, long_form, monitor)
+            return self._streamed(
+                run.frames(), past, asked.frames if text is None else None, chunk_frames, monitor, run
+            )
+        request = self.requests.request(text, tags, past, duration, seed, 1, controls)
+        frames = generate_frames(self.model, request, self.hear(request))
+        whole = request.limits.maximum if text is None else None
+        return self._streamed(frames, past, whole, chunk_frames, monitor, None, long_form.unused)
+
+    stream = generate_stream
+    """The same, for short."""
+
+    def _in_segments(
+        self, asked: Asked, num_samples: int, long_form: LongForm, keep_interrupted: bool
+    ) -> GeneratedAudio:
+        """Rows one after the other."""
+        rows: list[GeneratedAudio] = []
+        for row in range(num_samples):
+            monitor = None if long_form.max_drift is None else DriftMonitor(self.tokenizer, long_form.watch)
+            run = LongRun(self.requests, self.hear, replace(asked, seed=asked.seed + row), long_form, monitor)
+            drawn: list[Drawn] = []
+            frames = watched(run.frames(), drawn.append)
+            pieces, interrupted = until_interrupted(
+                self._streamed(frames, asked.past, None, WHOLE_CHUNK_FRAMES, monitor, run),
+                keep=keep_interrupted and bool(rows or drawn),
+            )
+            if interrupted and not drawn:
+                return as_interrupted(stack(rows))
+            waveform = None if interrupted else torch.cat(pieces, dim=-1)  # of what was decoded, some frames lack
+            made = assemble(self.tokenizer, self.source, run.first, drawn, waveform)
+            made = at_loudness(replace(made, warnings=(*run.warnings, *made.warnings)), asked.controls.loudness)
+            rows.append(made)
+            if interrupted:
+                return as_interrupted(stack(rows))
+        whole = stack(rows)
+        return replace(whole, warnings=(*whole.warnings, *told_of(asked.past)))
+
+    def _streamed(
+        self,
+        frames: Iterable[Drawn | None],
+        past: Past | None,
+        num_frames: int | None,
+        chunk_frames: int,
+        monitor: DriftMonitor | None,
+        run: LongRun | None = None,
+        warnings: tuple[str, ...] = (),
+    ) -> AudioStream:
+        """The audio of these frames, after that of a recording that is continued."""
+        prompt, config = None, self.model.config
+        if monitor is not None:
+            frames = watched(frames, monitor.see)
+        if past is not None and not past.reference:
+            kept = self._kept(past.frames)
+            assert kept is not None
+            prompt = kept.codes if self.source == "codes" else kept.latents
+            num_frames = None if num_frames is None else num_frames + kept.latents.shape[1]
+            if monitor is not None:
+                monitor.see_prompt(kept, codes=config.uses_codes, latents=config.predicts_latents)
+        pieces = stream_audio(self.tokenizer, self.source, prompt, frames, chunk_frames)
+        return AudioStream(pieces, num_frames, monitor, run, (*warnings, *told_of(past)))
 
     def hear(self, request: Request) -> Hear | None:
         """For a model that reads features: what computes them of the frames as they are drawn."""
@@ -316,124 +384,11 @@ class AudioModel:
 
         return hear
 
-    def _plan(self, request: Request, drawn: Sequence[Drawn], text: str | None, tags: Sequence[str]) -> Plan:
-        active = torch.stack([step.active for step in drawn], dim=1)  # (B, T)
-        codes = torch.cat([step.codes for step in drawn if step.codes is not None], dim=2)
-        return Plan(
-            codes=(codes * active[:, None]).cpu(),
-            lengths=active.sum(dim=1).cpu(),
-            request=request,
-            origin=self.origin,
-            frame_rate_hz=self.tokenizer.frame_rate_hz,
-            text=text,
-            tags=_names(tags),
-        )
-
     def _kept(self, prompt: AudioFrames | None) -> AudioFrames | None:
         """The prompt's frames with the codebooks that the model predicts."""
         if prompt is None or not self.model.config.uses_codes:
             return prompt
         return replace(prompt, codes=prompt.codes[:, : self.model.config.output_codebooks])
-
-    def _request(
-        self,
-        text: str | None,
-        tags: Sequence[str],
-        past: Past | None,
-        duration: float | None,
-        seed: int,
-        num_samples: int,
-        controls: Controls,
-    ) -> Request:
-        """Check what was asked for, and say it in frames."""
-        config = self.model.config
-        unpredicted = _unpredicted(config, self.tokenizer)
-        if unpredicted:
-            raise UserError(
-                f"this model reads {unpredicted}, which it does not predict: it can be evaluated, but not generate; "
-                "use a model that predicts all it reads"
-            )
-        check_latent_steps(controls, self.model)
-        if not 0 <= seed <= LARGEST_SEED - num_samples:
-            raise UserError(f"seed={seed} must be at least 0 and below 2**63 - num_samples")
-        limits = frame_limits(text, duration, controls, self.tokenizer.frame_rate_hz, config.max_frames)
-        tags = _names(tags)
-        if text is not None:
-            voice = VOICE_TAGS[:1] if past is not None and past.reference else VOICE_TAGS
-            tags = tags or tuple(tag for tag in voice if tag in self.text.tags)
-        context = max(1, config.max_frames - limits.maximum)
-        pieces, place = self.text.encode(text), None
-        if past is not None and past.reference and text is not None:
-            spoken = self.text.encode(past.text)[:-1]
-            pieces, place = spoken + pieces, len(spoken)
-            rate, frames = self.tokenizer.frame_rate_hz, past.frames.latents.shape[1]
-            if spoken and frames > context:
-                raise UserError(
-                    f"reference of {frames / rate:.1f} s is too long: with reference_text, this model looks at most at "
-                    f"{context / rate:.1f} s; cut both"
-                )
-        return Request(
-            prefix=self.text.encode(None, list(tags))[:-1] + pieces,
-            # With a text it is the text alone that guidance strengthens, not the voice.
-            unconditional=self.text.encode("", list(tags) if text is not None else []),
-            prompt=None if past is None else past.frames,
-            # What lies further back than the model's longest sequence is kept in the result, but not looked at.
-            context_frames=context,
-            limits=limits,
-            seeds=tuple(seed + row for row in range(num_samples)),
-            controls=replace(controls, cfg=controls.guidance(with_text=text is not None and config.uses_codes)),
-            reference=past is not None and past.reference,
-            place=place,
-        )
-
-    def _past(
-        self,
-        text: str | None,
-        audio: str | Path | Tensor | None,
-        reference: str | Path | Tensor | None,
-        reference_text: str | None,
-    ) -> Past | None:
-        """What the model shall believe to come before."""
-        if audio is not None and reference is not None:
-            raise UserError("audio is continued and a reference is not heard; give only one of them")
-        if reference_text is not None and (reference is None or text is None):
-            raise UserError("reference_text is what a reference says before text; give both, or leave it out")
-        if reference_text is not None and not reference_text.strip():
-            raise UserError("reference_text is empty; say what the reference says, or leave it out")
-        if reference is not None and text is not None and reference_text is None and self.model.reader is None:
-            raise UserError(
-                "this model has no reader to tell it that text begins after the reference; give reference_text"
-            )
-        given = audio if reference is None else reference
-        if given is None:
-            return None
-        seconds = self._seconds(given)
-        return Past(
-            frames=self._encode(given),
-            reference=reference is not None,
-            text=reference_text,
-            cut_from=seconds if seconds > PROMPT_SECONDS else None,
-        )
-
-    def _seconds(self, audio: str | Path | Tensor) -> float:
-        return (
-            audio.shape[-1] / self.sample_rate_hz if isinstance(audio, Tensor) else audio_info(Path(audio)).duration_s
-        )
-
-    def _encode(self, audio: str | Path | Tensor) -> AudioFrames:
-        """The whole frames of a recording; a last, partial one would be padded with silence and break the joint."""
-        if isinstance(audio, Tensor):
-            waveform = audio[..., -round(PROMPT_SECONDS * self.sample_rate_hz) :]
-        else:
-            past = self._seconds(audio) - PROMPT_SECONDS
-            waveform = read_audio(Path(audio), self.sample_rate_hz, start=past if past > 0 else None)
-        if waveform.numel() == 0:
-            raise UserError("audio is empty; give a recording of at least one sample")
-        hop = self.tokenizer.hop_length
-        if waveform.shape[-1] > hop:
-            waveform = waveform[..., : waveform.shape[-1] // hop * hop]
-        device = next(self.model.parameters()).device
-        return self.tokenizer.encode(waveform.reshape(1, 1, -1).float().to(device))
 
 
 def load(
@@ -469,29 +424,3 @@ def load(
         model.use_adapter(next(iter(several)))
     model.pack(precision, compile_rows)
     return model
-
-
-def check_latent_steps(controls: Controls, model: HybridLM) -> None:
-    """Raises:
-    UserError: steps of a flow head that the model lacks.
-    """
-    if controls.latent_steps is not None and model.flow_head is None:
-        raise UserError(
-            f"latent_steps={controls.latent_steps} needs a model with a flow head, which this lacks; leave it out"
-        )
-
-
-def _names(tags: Sequence[str]) -> tuple[str, ...]:
-    return (tags,) if isinstance(tags, str) else tuple(tags)
-
-
-def _unpredicted(config: ModelConfig, tokenizer: Tokenizer) -> str | None:
-    """The part of the history that generation cannot provide."""
-    if config.continuous == "latents" and not config.predicts_latents:
-        return "latents"
-    if config.continuous == "features" and not can_be_heard(tokenizer):
-        ahead = tokenizer.lookahead_frames
-        return f"features that look {ahead} frames ahead" if tokenizer.feature_dim else "features"
-    if config.input_codebooks > config.output_codebooks:
-        return f"codebooks {config.output_codebooks + 1} to {config.input_codebooks}"
-    return None

@@ -8,7 +8,7 @@ Shapes: B rows, K codebooks, T frames, D latent, F feature.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sampling.controls import Controls
-from sampling.generate import Limits, Request
+from sampling.generate import Drawn, Limits, Request
 from tokenizer.errors import UserError
 from tokenizer.files import replacing
 from tokenizer.frames import AudioFrames
@@ -81,6 +81,29 @@ class Plan:
     frame_rate_hz: float
     text: str | None = None
     tags: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        request: Request,
+        drawn: Sequence[Drawn],
+        origin: Origin,
+        frame_rate_hz: float,
+        text: str | None,
+        tags: tuple[str, ...],
+    ) -> Plan:
+        """The plan of frames that were drawn one after the other, with codes."""
+        active = torch.stack([step.active for step in drawn], dim=1)  # (B, T)
+        codes = torch.cat([step.codes for step in drawn if step.codes is not None], dim=2)
+        return cls(
+            codes=(codes * active[:, None]).cpu(),
+            lengths=active.sum(dim=1).cpu(),
+            request=request,
+            origin=origin,
+            frame_rate_hz=frame_rate_hz,
+            text=text,
+            tags=tags,
+        )
 
     @property
     def prompt_frames(self) -> int:

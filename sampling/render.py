@@ -29,8 +29,9 @@ from sampling.assemble import GeneratedAudio, assemble, at_loudness
 from sampling.controls import Controls, changed
 from sampling.files import check_writable, output_paths, tell_rows, write_rows
 from sampling.generate import Drawn, FrameLoop, Request
-from sampling.pipeline import LARGEST_SEED, AudioModel, check_latent_steps, load
+from sampling.pipeline import AudioModel, load
 from sampling.plan import Plan, moved
+from sampling.request import LARGEST_SEED, check_latent_steps
 from tokenizer.errors import UserError
 
 CROSS_FADE_SECONDS = 0.04

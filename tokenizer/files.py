@@ -32,3 +32,17 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         if temporary.exists():
             temporary.unlink()
+
+
+def read_text(path: Path) -> str:
+    """A file of text, in UTF-8.
+
+    Raises:
+        UserError: no such file, or another encoding.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}; give a file of text") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start}); convert it, for example with iconv") from error

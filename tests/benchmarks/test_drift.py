@@ -95,11 +95,12 @@ def test_forced_along_its_own_continuation_a_model_draws_that_continuation(kind:
     model, controls = maker(kind), Controls()
     made = model.generate(audio=talk(0, 0.4), duration=0.8, seed=7)
     heard = model.tokenizer.encode(made.waveform).features
+    before = model.requests.encode(talk(0, 0.4)).features
     own = AudioFrames(
         codes=model.tokenizer.quantize(made.frames.latents) if kind == "continuous" else made.frames.codes,
         latents=made.frames.latents,
         lengths=made.frames.lengths,
-        features=None if heard is None else torch.cat([model._encode(talk(0, 0.4)).features, heard[:, 10:]], dim=1),
+        features=None if heard is None else torch.cat([before, heard[:, 10:]], dim=1),
     )
     drawn = teacher_forced(model, own, 10, [7, 8], controls)
     if drawn.codes is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -229,6 +230,17 @@ def test_requests_that_make_no_sense() -> None:
         with pytest.raises(UserError, match="must be START:END"):
             parse_span(text)
     assert parse_span("1.5:2") == (1.5, 2.0)
+
+
+def test_a_plan_of_another_tokenizer_is_refused_though_the_weights_are_the_same() -> None:
+    model, _, plan = planned("hybrid", tags=["music"], duration=0.2)
+    changed = copy.deepcopy(model.tokenizer)
+    with torch.no_grad():
+        next(changed.parameters()).add_(0.01)
+    other = AudioModel(model.model, changed, model.text)
+    assert other.origin.model == plan.origin.model and other.origin.tokenizer != plan.origin.tokenizer
+    with pytest.raises(UserError, match=f"tokenizer {plan.origin.tokenizer}.*tokenizer {other.origin.tokenizer}"):
+        render(other, plan)
 
 
 @pytest.fixture
