@@ -11,6 +11,9 @@ a second of audio, all rows of the batch counted. The package's 24 kHz model run
 many rows of as many seconds; its turns come between the tokenizer's, so that a busy machine slows both. Memory
 (--hours): peak resident memory above the loaded tokenizer while a recording of H hours streams through, in a process of
 its own. Training (--training): the loop on recipes of configs/, on noise.
+
+All layouts take more than an hour: a JSON file keeps what was measured before of other tokenizers, batches and recipes,
+so that it can be filled in parts.
 """
 
 from __future__ import annotations
@@ -39,6 +42,8 @@ from tokenizer.frames import Tokenizer
 PEER_RATE_HZ = 24_000
 PEERS = {"encode": "encode", "decode codes": "decode", "decode latents": "decode"}
 """What of the package does the job of each of ours."""
+KEYS = {"speed": ("tokenizer", "batch", "job"), "memory_bytes": ("tokenizer",), "training": ("recipe",)}
+"""What tells the rows of each part of a report apart."""
 
 
 def package_model() -> EncodecModel:
@@ -131,7 +136,8 @@ def speeds(options: argparse.Namespace) -> list[dict[str, Any]]:
             theirs = waveform_of(options.audio, PEER_RATE_HZ, options.seconds, batch)
             found = measure(actions(tokenizer, ours, model, theirs), options.repeats)
             for row in compare(found, options.seconds * batch):
-                rows.append({"tokenizer": name, "bits_per_second": bits, "batch": batch, **row})
+                how = {"audio_s": options.seconds, "rounds": options.repeats, "threads": torch.get_num_threads()}
+                rows.append({"tokenizer": name, "bits_per_second": bits, "batch": batch, **how, **row})
                 factor, faster = row["real_time_factor"], row["times_faster"]
                 rounds = faster["per_round"]
                 print(
@@ -195,10 +201,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    report: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    report: dict[str, Any] = {"torch": torch.__version__, "encodec_weights": "random"}
     try:
         if not options.no_speed:
-            report |= {"audio_s": options.seconds, "repeats": options.repeats, "encodec_weights": "random"}
             report["speed"] = speeds(options)
         if options.hours:
             report["memory_bytes"] = memories(options)
@@ -208,9 +213,22 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     if options.json:
+        before = json.loads(options.json.read_text()) if options.json.is_file() else {}
         with replacing(options.json) as path:
-            path.write_text(json.dumps(report, indent=2) + "\n")
+            path.write_text(json.dumps(joined(before, report), indent=2) + "\n")
     return 0
+
+
+def joined(before: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
+    """A report with the rows of an earlier one that it has nothing in place of."""
+    whole = {**before, **report}
+    for part, keys in KEYS.items():
+        new = report.get(part, [])
+        known = {tuple(row[key] for key in keys) for row in new}
+        old = [row for row in before.get(part, []) if tuple(row[key] for key in keys) not in known]
+        if old or new:
+            whole[part] = old + new
+    return whole
 
 
 if __name__ == "__main__":

@@ -40,6 +40,17 @@ def test_speed_and_memory(codec: str, tmp_path: Path, capsys: pytest.CaptureFixt
     assert "(1.08333 min)" in printed
 
 
+def test_a_report_is_filled_in_parts() -> None:
+    old = {"torch": "1", "speed": [{"tokenizer": "a", "batch": 1, "job": "encode", "x": n} for n in (1,)]}
+    old["speed"].append({"tokenizer": "b", "batch": 1, "job": "encode", "x": 2})
+    new = {"torch": "2", "speed": [{"tokenizer": "a", "batch": 1, "job": "encode", "x": 3}], "training": []}
+    found = tokenizer_speed.joined(old, new)
+    assert found["torch"] == "2"
+    assert [(row["tokenizer"], row["x"]) for row in found["speed"]] == [("b", 2), ("a", 3)]
+    new = {"memory_bytes": [{"tokenizer": "a"}]}
+    assert tokenizer_speed.joined(found, new)["speed"] == found["speed"]
+
+
 def test_ratios() -> None:
     seconds = {job: [1.0, 2.0, 4.0] for job in ("encode", "decode codes", "decode latents")}
     peer = {f"encodec {job}": [3.0, 8.0, 8.0] for job in ("encode", "decode")}
