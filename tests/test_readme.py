@@ -17,7 +17,12 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RUNNABLE = re.findall(r"<!-- runnable -->\n+```(\w+)\n(.*?)```", README, flags=re.DOTALL)
 COMMANDS = re.findall(r"(?:`|^|\n)[ $]*hybridlm ([a-z]+)([^`\n]*)", README)
-LINKS = [link for link in re.findall(r"\]\(([^)#]+)", README) if "://" not in link]
+LINKS = [
+    (page.parent / link)
+    for page in (ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "hybridlm" / "box" / "README.md")
+    for link in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8"))
+    if "://" not in link
+]
 
 
 def test_there_is_something_to_check() -> None:
@@ -34,9 +39,9 @@ def test_shown_commands_and_options_exist(name: str, words: str) -> None:
     assert set(re.findall(r"--[a-z-]+", words)) <= known
 
 
-@pytest.mark.parametrize("link", LINKS)
-def test_links_lead_somewhere(link: str) -> None:
-    assert (ROOT / link).exists()
+@pytest.mark.parametrize("link", LINKS, ids=lambda link: str(link.relative_to(ROOT)))
+def test_links_lead_somewhere(link: Path) -> None:
+    assert link.exists()
 
 
 @pytest.mark.parametrize(("language", "code"), RUNNABLE)
