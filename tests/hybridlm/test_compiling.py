@@ -98,7 +98,7 @@ def test_a_loaded_model_is_compiled_for_the_rows_that_are_made(
         assert not any(isinstance(one, PackedLinear) for one in model.modules())  # no compiler reads its blocks
         return "compile: told"
 
-    monkeypatch.setattr("sampling.pipeline.compile_step", compile)
+    monkeypatch.setattr("sampling.loaded.compile_step", compile)
     folder = save_tiny_model(tmp_path / "model")
     for settings in ({"tags": ("music",)}, {"text": "hi", "num_samples": 3}, {"tags": ("music",), "cfg": 2.0}):
         run(model=folder, compile=True, duration=0.2, output=tmp_path / "a.wav", **settings)  # type: ignore[arg-type]
