@@ -1,4 +1,7 @@
-"""A run that is killed again and again, at moments drawn by chance, and after each what can be loaded.
+"""A run that is killed again and again, mostly at moments drawn by chance, and after each what can be loaded.
+
+How much of a step is writing depends on the disk, so that chance alone would leave out one moment or the other somewhere:
+one kill of five is inside a step, and one of five while files are written, where the child waits for it.
 
     python -m tests.support.killed_runs FOLDER KILLS
 
@@ -18,6 +21,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -32,7 +36,9 @@ from training.task import Batch
 real_rmtree = shutil.rmtree
 KEEP = 2
 MOST_STEPS = 3
-"""That a child begins, at most."""
+"""That a child begins, at most, where the moment is drawn."""
+FLUSHES = 12
+"""Files that a child has written, at most, where it waits while writing."""
 
 
 def settings(output: Path, max_steps: int, keep: int) -> RunConfig:
@@ -59,15 +65,18 @@ class ImprovingTask(ToyTask):
 
     Args:
         begun: Descriptor to which a byte is written at every step.
+        waits: Whether each step then waits to be killed.
     """
 
-    def __init__(self, begun: int | None = None) -> None:
+    def __init__(self, begun: int | None = None, waits: bool = False) -> None:
         super().__init__()
-        self.begun = begun
+        self.begun, self.waits = begun, waits
 
     def loss(self, turn: str, batch: Batch, *, step: int, generator: torch.Generator) -> tuple[torch.Tensor, dict]:
         if self.begun is not None and turn == "model":
             os.write(self.begun, b".")
+            if self.waits:
+                signal.pause()
         return super().loss(turn, batch, step=step, generator=generator)
 
     def validate(self) -> dict[str, float]:
@@ -88,36 +97,57 @@ def slowly_removed(folder: Path, ignore_errors: bool = False) -> None:
     real_rmtree(folder, ignore_errors)
 
 
-def quietly(config: RunConfig, begun: int | None = None) -> None:
+def quietly(config: RunConfig, begun: int | None = None, waits: bool = False) -> None:
     """Train, or go on."""
     with contextlib.redirect_stderr(io.StringIO()):
-        fit(ImprovingTask(begun), config, {}, resume=True)
+        fit(ImprovingTask(begun, waits), config, {}, resume=True)
 
 
-def killed_child(output: Path, draw: random.Random, pace: float) -> float:
+def waits_in_write(number: int, begun: int) -> Callable[[int], None]:
+    """What takes the place of `os.fsync`: the call of this number says so and waits to be killed."""
+    left = iter(range(number - 1, -1, -1))
+
+    def flush(descriptor: int) -> None:
+        if next(left) == 0:
+            os.write(begun, b"w")
+            signal.pause()
+
+    return flush
+
+
+def killed_child(output: Path, draw: random.Random, pace: float, moment: str) -> float:
     """Go on with the run in a fork of this process, and kill it at some moment of one of its first steps.
 
     Args:
         output: Folder of the run.
         draw: Of the moment.
         pace: Seconds a step, saving included.
+        moment: "step", "write" or "any".
 
     Returns:
         The pace, as the child had it.
     """
     reading, writing = os.pipe()
+    steps, flushes = draw.randint(1, MOST_STEPS), draw.randint(1, FLUSHES)
     child = os.fork()
     if child == 0:
+        if moment == "write":
+            os.fsync = waits_in_write(flushes, writing)
         try:
-            quietly(settings(output, 10**6, KEEP), begun=writing)
+            quietly(settings(output, 10**6, KEEP), begun=writing, waits=moment == "step")
         finally:
             os._exit(1)
     os.close(writing)
     begun = []
-    for _ in range(draw.randint(1, MOST_STEPS)):
-        assert os.read(reading, 1) == b".", "the child ended by itself"
+    while len(begun) < steps:
+        sign = os.read(reading, 1)
+        assert sign, "the child ended by itself"
         begun.append(time.monotonic())
-    pace = begun[-1] - begun[-2] if len(begun) > 1 else pace
+        if moment == "step" or sign == b"w":
+            break
+        if moment == "write":
+            steps += 1
+    pace = begun[-1] - begun[-2] if len(begun) > 1 and moment == "any" else pace
     time.sleep(draw.uniform(0.0, pace))
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
@@ -151,8 +181,8 @@ def main(folder: Path, kills: int) -> None:
     quietly(settings(folder / "first", 2, KEEP))  # what is imported on the way, no child has to
     pace, seen = 0.02, dict[str, dict[str, bytes]]()
     moments = {"while writing": 0, "elsewhere": 0}
-    for _ in range(kills):
-        pace = killed_child(output, draw, pace)
+    for kill in range(kills):
+        pace = killed_child(output, draw, pace, ("step", "any", "write", "any", "any")[kill % 5])
         half = any(output.rglob(".*.writing")) or any(output.rglob(".*.retired"))
         moments["while writing" if half else "elsewhere"] += 1
         before = max(seen, default="")
