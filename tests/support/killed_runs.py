@@ -1,7 +1,7 @@
 """A run that is killed again and again, mostly at moments drawn by chance, and after each what can be loaded.
 
-How much of a step is writing depends on the disk, so that chance alone would leave out one moment or the other somewhere:
-one kill of five is inside a step, and one of five while files are written, where the child waits for it.
+How much of a step is writing depends on the disk, so that chance alone would leave out one moment or the other
+somewhere: one kill of five is inside a step, and one of five while files are written, where the child waits for it.
 
     python -m tests.support.killed_runs FOLDER KILLS
 
