@@ -17,7 +17,7 @@ from tests.support.toy_corpus import TINY_MODEL, write_clips
 from tokenizer.errors import UserError
 from tokenizer.settings import from_mapping
 from training import compare, estimates
-from training.compare_report import report_of
+from training.compare_report import markdown, report_of
 from training.corpus import TokenCache
 from training.derived import clips_beyond, write_derived
 from training.recipe import Recipe
@@ -278,6 +278,15 @@ def test_a_difference_of_seeds_widens_the_interval() -> None:
     assert row["per_seed"] == pytest.approx([-0.25, 0.25])
     assert row["value"] == pytest.approx(0.0)
     assert row["interval"] == pytest.approx([-0.25, 0.25])
+
+
+def test_a_run_that_waited_does_not_count_as_slow() -> None:
+    made = {"discrete": results("discrete", 0.25), "hybrid": results("hybrid", 0.0)}
+    made["hybrid"][0]["training_seconds"], made["hybrid"][1]["training_seconds"] = 6000.0, 30.0
+    recipe = of_two("discrete", "hybrid")
+    text = markdown(recipe, {"tones": report_of(recipe, made)}, "hybridlm compare", "x.png")
+    row = next(line for line in text.splitlines() if line.startswith("| hybrid |"))
+    assert row.endswith("| 0.5 | 3 |")
 
 
 @pytest.mark.parametrize("other", [{"sigma": 0.2}, {"targets": {"codes": "d", "latents": "y"}}])
