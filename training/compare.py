@@ -226,7 +226,9 @@ def make(recipe: Recipe, run: Run) -> bool:
     about = about_run(recipe, run)
     if not train_mapping(about["training"], run.name, resume=True).finished:
         return False
-    found = load_model(run.folder / "model", None if recipe.device == "auto" else recipe.device)
+    progress = progress_of(run.folder)
+    weights = "model" if recipe.checkpoint == "last" else "best"
+    found = load_model(run.folder / weights, None if recipe.device == "auto" else recipe.device)
     tests = Beginnings(
         [Path(cache) for cache in about["test"]["caches"]],
         tokenizer=found.tokenizer,
@@ -237,7 +239,6 @@ def make(recipe: Recipe, run: Run) -> bool:
     tests.max_frames = max(1, round(recipe.test_seconds * tests.frame_rate_hz))
     with_text = recipe.text_model is not None
     clips = [asdict(clip) for clip in score_clips(found, tests, window_frames=recipe.max_frames, with_text=with_text)]
-    progress = progress_of(run.folder)
     config = found.model.config
     result = {
         **about,
@@ -250,6 +251,7 @@ def make(recipe: Recipe, run: Run) -> bool:
         "sigma": config.sigma,
         "scale_floor": config.scale_floor,
         "steps": progress["step"],
+        "scored_step": progress["step" if recipe.checkpoint == "last" else "best_step"],
         "skipped_steps": progress["bad_steps"],
         "frames_trained": frames_trained(recipe, domain, variant, int(seed), progress["step"]),
         "training_seconds": progress["seconds"],

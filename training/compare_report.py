@@ -79,6 +79,7 @@ def _figures(score: Scores) -> dict[str, Any]:
         **{name: one[name] for name in ("frame_rate_hz", "codebook_size", "sigma", "scale_floor", "output_codebooks")},
         "clips": len(score.names),
         "test_frames": int(score.frames.sum()),
+        "scored_steps": [result["scored_step"] for result in results],
         "training_seconds": seconds,
         "frames_trained": [result["frames_trained"] for result in results],
         "frames_per_second": [result["frames_trained"] / max(result["training_seconds"], 1e-9) for result in results],
@@ -141,6 +142,7 @@ def markdown(recipe: Recipe, domains: Mapping[str, Any], command: str, picture: 
         picture: Name of the picture beside it.
     """
     some = next(iter(next(iter(domains.values()))["variants"].values()))
+    weights = "" if recipe.checkpoint == "last" else ", by the weights of each run's best validation"
     much = f"{recipe.steps} steps" if recipe.compute is None else f"{recipe.compute:g} FLOP of training"
     lines = [
         f"# {recipe.title}",
@@ -149,8 +151,8 @@ def markdown(recipe: Recipe, domains: Mapping[str, Any], command: str, picture: 
         "",
         f"{recipe.seeds} seeds, {much} of at most {recipe.batch_frames} frames, windows of at most {recipe.max_frames} "
         f"frames, peak learning rate {recipe.optimizer.learning_rate:g}, where the table does not say otherwise. Of "
-        f"each clip of split {recipe.score} the first {recipe.test_seconds:g} s are scored. Brackets: 95 % intervals "
-        "with seeds and clips drawn; differences are paired by clip, and below 0 the first model is the better one. "
+        f"each clip of split {recipe.score} the first {recipe.test_seconds:g} s are scored{weights}. Brackets: 95 % "
+        "intervals with seeds and clips drawn; differences are paired by clip, and below 0 the first model is the better one. "
         "Codes and totals are compared only where the very same codes or latents are scored.",
         "",
         *(line for note in recipe.notes for line in (note, "")),
@@ -171,10 +173,11 @@ def _domain(recipe: Recipe, domain: str, figures: Mapping[str, Any]) -> Iterator
     yield from (f"## {domain}" + (f" ({about})" if about else ""), "")
     yield from (f"{one['clips']} test clips, {one['test_frames']:,} frames at {one['frame_rate_hz']:g} a second.", "")
     yield from _table(
-        ["model", "parameters", "seeds", "steps", "training FLOP", "training, min", "frames a second"],
+        ["model", "parameters", "seeds", "steps", "scored at", "training FLOP", "training, min", "frames a second"],
         [
             [
                 *(name, f"{row['parameters']:,}", str(len(row["training_seconds"])), str(row["steps"])),
+                ", ".join(str(step) for step in row["scored_steps"]),
                 *(f"{row['flop']:.2e}", f"{min(row['training_seconds']) / 60:.1f}"),
                 f"{max(row['frames_per_second']):,.0f}",
             ]

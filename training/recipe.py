@@ -101,6 +101,9 @@ class Recipe:
     """Longest window, in training and in the test."""
     score: Literal["test", "validation"] = "test"
     """Split of the figures; settings are chosen on `validation`, the part of the training split that is held back."""
+    checkpoint: Literal["last", "best"] = "last"
+    """Which weights of a run are scored: the last, or those of its best validation, for variants that overfit sooner
+    than others."""
     test_seconds: float = 60.0
     """Of each clip its beginning is scored, at most this much."""
     calibration_clips: int = 16
@@ -258,4 +261,6 @@ def settings_of(recipe: Recipe, run: Run, steps: int) -> dict[str, Any]:
         "seconds": recipe.test_seconds,
         "calibration_clips": recipe.calibration_clips,
     }
+    if recipe.checkpoint != "last":
+        scored["checkpoint"] = recipe.checkpoint
     return {"training": training, "test": scored}

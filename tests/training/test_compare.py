@@ -242,7 +242,14 @@ def results(kind: str, nats: float, seeds: int = 2, **other: Any) -> list[dict[s
             nll |= {"stop": 0.0, "correct": [] if kind == "continuous" else [1]}
             clips.append({"key": str(number), "labels": {"set": "ab"[number % 2]}, "nll": nll})
         about = {"sigma": 0.1, "scale_floor": 0.02, "machine": "a machine", "tokenizer": "f3 1", "frame_rate_hz": 25.0}
-        about |= {"steps": 5, "frames_trained": 100 + seed, "training_seconds": 60.0, "parameters": 1000, "flop": 1e9}
+        about |= {
+            "steps": 5,
+            "scored_step": 5,
+            "frames_trained": 100 + seed,
+            "training_seconds": 60.0,
+            "parameters": 1000,
+            "flop": 1e9,
+        }
         about |= {"codebook_size": 32, "output_codebooks": 0 if kind == "continuous" else 1, "calibration": {}}
         about |= {"cell_mass": [], "curve": [], "targets": {"codes": "c", "latents": "z"}, **other}
         found.append({"representation": kind, "clips": clips, **about})
