@@ -152,8 +152,8 @@ def markdown(recipe: Recipe, domains: Mapping[str, Any], command: str, picture: 
         f"{recipe.seeds} seeds, {much} of at most {recipe.batch_frames} frames, windows of at most {recipe.max_frames} "
         f"frames, peak learning rate {recipe.optimizer.learning_rate:g}, where the table does not say otherwise. Of "
         f"each clip of split {recipe.score} the first {recipe.test_seconds:g} s are scored{weights}. Brackets: 95 % "
-        "intervals with seeds and clips drawn; differences are paired by clip, and below 0 the first model is the better one. "
-        "Codes and totals are compared only where the very same codes or latents are scored.",
+        "intervals with seeds and clips drawn; differences are paired by clip, and below 0 the first model is the "
+        "better one. Codes and totals are compared only where the very same codes or latents are scored.",
         "",
         *(line for note in recipe.notes for line in (note, "")),
         f"{some['machine']}. Times are the fastest seed's, for the others may have waited.",
