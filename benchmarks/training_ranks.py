@@ -149,12 +149,14 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def held_bytes() -> int:
-    """Of all tensors of this process, storages that several share counted once."""
+    """Of all tensors of this process that have a content, storages that several share counted once."""
     found = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # some of the objects that are asked whether they are tensors are deprecated
         for thing in gc.get_objects():
-            if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.layout == torch.strided:
+            if type(thing) not in (torch.Tensor, torch.nn.Parameter):
+                continue
+            if thing.layout == torch.strided and not thing.is_meta:  # DeepSpeed notes shapes in tensors on `meta`
                 storage = thing.untyped_storage()
                 found[storage._cdata] = storage.nbytes()
     return sum(found.values())

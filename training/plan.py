@@ -30,6 +30,7 @@ from training.language_task import LanguageTask, LanguageTaskConfig
 from training.loop import autocast_dtype
 from training.new_model import new_config
 from training.task import Batch
+from training.zero import BUCKET, MAX_LIVE
 
 Backend = Literal["ddp", "zero1", "zero2", "zero3", "fsdp2"]
 PIECES_A_SECOND = 8
@@ -123,7 +124,15 @@ def plan(
         precision="fp32" if _autocast(run) is None else "bf16 autocast",
         parameters=parts(model),
         shape=shape,
-        memory=memory(model, tokenizer, found, gpus=gpus, backend=backend, averaged=run.ema_decay > 0),
+        memory=memory(
+            model,
+            tokenizer,
+            found,
+            gpus=gpus,
+            backend=backend,
+            averaged=run.ema_decay > 0,
+            accumulated=run.accumulate > 1,
+        ),
         steps=steps,
         frames_per_step=frames,
         codes_per_step=frames * config.output_codebooks,
@@ -138,7 +147,14 @@ def parts(model: HybridLM) -> dict[str, int]:
 
 
 def memory(
-    model: HybridLM, tokenizer: Tokenizer, found: DryRun, *, gpus: int, backend: Backend, averaged: bool
+    model: HybridLM,
+    tokenizer: Tokenizer,
+    found: DryRun,
+    *,
+    gpus: int,
+    backend: Backend,
+    averaged: bool,
+    accumulated: bool = False,
 ) -> dict[str, int]:
     """Bytes that one GPU holds at its fullest, by part.
 
@@ -149,28 +165,61 @@ def memory(
         gpus: How many share.
         backend: What they share.
         averaged: Whether there are averaged weights.
+        accumulated: Whether gradients of an earlier micro-batch are there already.
     """
     whole = 4 * model.num_parameters()
     layer = 4 * max(_count(model.decoder.layers[0]), model.num_parameters() - _count(model.decoder.layers))
+    share = -(-whole // gpus)
     shares = backend in ("zero3", "fsdp2")
-    held = -(-whole // gpus) if shares else whole
-    moments = 2 * (whole if backend == "ddp" else -(-whole // gpus))
-    states = {"weights": held, "optimizer": moments, "averaged weights": held if averaged else 0}
-    if backend.startswith("zero"):
-        states["DeepSpeed's copy"] = -(-whole // gpus)  # it steps a flat one of its share of the weights
+    held = share if shares else whole
+    states = {
+        "weights": held,
+        "optimizer": 2 * (whole if backend == "ddp" else share),
+        "averaged weights": held if averaged else 0,
+    }
     if isinstance(tokenizer, nn.Module):
         states["tokenizer"] = sum(t.numel() * t.element_size() for t in (*tokenizer.parameters(), *tokenizer.buffers()))
     activations = {name: size for name, size in found.activations.items() if not (shares and name == COPIES)}
     step = {"gradients": found.gradients, **activations}
-    if backend not in ("ddp", "zero1"):
-        step["gradients"] = min(found.gradients, -(-whole // gpus) + layer)
-    if shares:
+    if backend == "fsdp2":
+        step["gradients"] = min(found.gradients, share + layer)
         step["gathered weights"] = 2 * layer  # of the layer at work, and of the next
+    if backend.startswith("zero"):
+        states["DeepSpeed's copy"] = share  # it steps a flat one of its share of the weights
+        bucket = min(whole, 4 * BUCKET)
+        kept = share if backend == "zero3" or accumulated or bucket < whole else 0
+        step = _step_of_deepspeed(
+            activations,
+            gradients=(min(found.gradients, layer) + kept, kept),
+            bucket=(bucket, bucket * (3 if backend == "zero3" else 2)),
+            emptied=bucket < whole,
+        )
+        if backend == "zero3":
+            step["gathered weights"] = min(whole, 4 * MAX_LIVE)
     if backend == "ddp" and gpus > 1:
         # The exchange has the gradients three times: a parameter's own, all in one piece, and their mean.
         exchange = {"gradients": 3 * whole}
         step = max(step, exchange, key=lambda moment: sum(moment.values()))
     return {name: size for name, size in {**states, **step}.items() if size}
+
+
+def _step_of_deepspeed(
+    activations: Mapping[str, int], *, gradients: tuple[int, int], bucket: tuple[int, int], emptied: bool
+) -> dict[str, int]:
+    """The fullest moment of a step: in the backward pass, or when gradients are exchanged.
+
+    Gradients gather in a bucket, which has its whole size from the start, and go from there into the share that is
+    kept; for the exchange the bucket is copied, in stage 3 twice.
+
+    Args:
+        activations: In the backward pass.
+        gradients: Outside the bucket, in the pass and after it.
+        bucket: Without its copies and with them.
+        emptied: The bucket is smaller than all gradients, so that it is exchanged in the midst of the pass.
+    """
+    backward = {"gradients": gradients[0], "DeepSpeed's bucket": bucket[emptied], **activations}
+    exchange = {"gradients": gradients[1], "DeepSpeed's bucket": bucket[True]}
+    return max(backward, exchange, key=lambda moment: sum(moment.values()))
 
 
 def made_up_batch(config: ModelConfig, shape: Shape) -> Batch:

@@ -21,6 +21,10 @@ from training.optimizer import make_optimizer
 from training.sharded import Sharded
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+BUCKET = 500_000_000
+"""Gradients that are exchanged at once, by DeepSpeed's default; they take this memory even if a model has fewer."""
+MAX_LIVE = 1_000_000_000
+"""Weights of others that stage 3 keeps between their uses, by DeepSpeed's default."""
 
 
 class ZeRO(Sharded):
@@ -61,6 +65,9 @@ class ZeRO(Sharded):
             "gradient_clipping": config.max_grad_norm,
             "zero_force_ds_cpu_optimizer": False,  # PyTorch's fused AdamW runs on CPUs, and need not be compiled
         }
+        zero = self._settings["zero_optimization"]
+        if zero.get("reduce_bucket_size", "auto") == "auto":
+            zero["reduce_bucket_size"] = min(BUCKET, sum(p.numel() for p in module.parameters()))
         self.engine, _ = self.accelerator.prepare(self.task_loss, make_optimizer(module, config))
         self._zero = self.engine.optimizer
         if self.partitions_weights:
