@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -89,7 +90,7 @@ def unsound(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, str]:
         return path, "not audio"
     if kind == "empty file":
         path.write_bytes(b"")
-        return path, "not audio"
+        return path, "the file is empty"
     if kind == "no samples":
         return write(path, noise(0)), "no samples"
     if kind == "folder":
@@ -255,6 +256,37 @@ def test_a_manifest_with_faults_is_read_as_far_as_it_goes(command: Command, mode
     assert f"{len(faults)} " in prepared.out + prepared.err
 
 
+def test_a_folder_of_all_sorts_is_read_as_far_as_it_goes(
+    command: Command, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write(folder / "8k-stereo.wav", noise(4000, 2), 8000)
+    write(folder / "44k-six.wav", noise(22050, 6), 44100)
+    soundfile.write(folder / "mp3.mp3", noise(RATE), RATE)
+    (folder / "mp3.mp3").rename(folder / "mp3.wav")
+    (folder / "letter.wav").write_text("This is a letter.")
+    (folder / "empty.wav").write_bytes(b"")
+    (folder / "gone.wav").symlink_to(folder / "nowhere.wav")
+    secret = write(folder / "secret.wav", noise(4000))
+    allowed = os.access  # the tests may run as root, who may read everything
+    monkeypatch.setattr("os.access", lambda place, mode: Path(place) != secret and allowed(place, mode))
+    write(folder / "latin1.wav", noise(4000))
+    (folder / "latin1.txt").write_bytes(b"caf\xe9")
+    prepared = command("prepare", folder, "--output", tmp_path / "tokens", "--tokenizer", model, "--workers", 1)
+    assert prepared.status == 0 and "3 clips, 3 of them new" in prepared.err, prepared
+    problems = (tmp_path / "tokens" / "problems.txt").read_text().splitlines()
+    for name, reason in {
+        "latin1": "not UTF-8",
+        "letter": "not audio",
+        "empty": "is empty",
+        "gone": "No such file",
+        "secret": "Permission denied",
+    }.items():
+        assert sum(f"{name}.wav" in line and reason in line for line in problems) == 1, problems
+    assert len(problems) == 5 and "5 clips skipped" in prepared.err
+
+
 def test_a_manifest_with_nothing_left_is_refused(command: Command, model: Path, tmp_path: Path) -> None:
     source = manifest(tmp_path, "{broken", {"path": "gone.wav"})
     assert_refused(command("evaluate", "--model", model, "--data", source), str(source), "no usable clip", "2 problems")
@@ -263,6 +295,17 @@ def test_a_manifest_with_nothing_left_is_refused(command: Command, model: Path, 
     words = ("finetune", "--model", model, "--data", tmp_path / "nowhere", "--output", tmp_path / "new")
     assert_refused(command(*words), "nowhere", "no such file or folder")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_with_one_sentence_cannot_hold_any_back(command: Command, model: Path, tmp_path: Path) -> None:
+    write(tmp_path / "good.wav", noise(RATE // 2))
+    tokens = tmp_path / "tokens"
+    source = manifest(tmp_path, {"path": "good.wav", "text": "good"})
+    assert command("prepare", source, "--output", tokens, "--tokenizer", model).status == 0
+    config = tmp_path / "run.yaml"
+    language = f"language: {{tokenizer: {model}, data: {{caches: [{tokens}], validation_fraction: 0.1}}}}"
+    config.write_text(f"task: language\noutput: {tmp_path / 'run'}\nmax_steps: 1\n{language}\n")
+    assert_refused(command("train", config), "validation_fraction=0.1", "holds back all 1 clips", "set it to 0")
 
 
 def test_training_settings_that_make_no_sense(command: Command, model: Path, tmp_path: Path) -> None:

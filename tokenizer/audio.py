@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -55,10 +56,7 @@ class Member(Protocol):
 
 def _open(path: Path | Member) -> soundfile.SoundFile:
     if isinstance(path, Path):
-        if not path.exists():
-            raise UserError(f"{path}: no such file; check the path")
-        if not path.is_file():
-            raise UserError(f"{path} is a folder, but must be an audio file")
+        _check(path)
     try:
         return soundfile.SoundFile(str(path) if isinstance(path, Path) else path.open())
     except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: headerless .raw
@@ -66,6 +64,26 @@ def _open(path: Path | Member) -> soundfile.SoundFile:
             f"{path} is not audio that can be read ({_reason(error)}); "
             "use WAV, FLAC, Ogg, Opus, MP3 or AIFF, or convert it, for example with ffmpeg"
         ) from error
+
+
+def _check(path: Path) -> None:
+    """Whether a file is there to be read.
+
+    Raises:
+        UserError: it is not.
+    """
+    try:
+        size = path.stat().st_size
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"{path}: no such file; check the path") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; check the path and its permissions") from error
+    if not path.is_file():
+        raise UserError(f"{path} is a folder, but must be an audio file")
+    if not os.access(path, os.R_OK):
+        raise UserError(f"{path} cannot be read: Permission denied; change its permissions or leave it out")
+    if size == 0:
+        raise UserError(f"{path} is not audio: the file is empty; copy it again or leave it out")
 
 
 def _reason(error: Exception) -> str:

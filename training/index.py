@@ -81,6 +81,11 @@ class ClipIndex:
         self.has_text = np.array(texts, dtype=bool)[keep]
         self._tag_ids = np.array(tag_ids, dtype=np.int32)[keep]
         self._tag_sets = list(tag_sets)
+        if len(self) == 0 and keep.size and not keep.any() and set(splits) <= {None, "train"} and split == "train":
+            raise UserError(
+                f"{', '.join(map(str, paths))}: validation_fraction={validation_fraction} holds back all {len(splits)} "
+                "clips (those of one text stay together); set it to 0, or add recordings of other texts"
+            )
         if len(self) == 0:
             raise UserError(
                 f"{', '.join(map(str, paths))}: no clip of split '{split}' is left under {len(rules)} tag rules; "
