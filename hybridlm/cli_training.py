@@ -56,13 +56,13 @@ def prepare(
 
     with joined() as processes:
         shared: dict[str, Any] = {"workers": workers, "split": split, "processes": processes}
-        if audio:
-            if format is not CacheFormat.rows:
+        with processes.agreed():
+            if audio and format is not CacheFormat.rows:
                 raise UserError("--format tar is of tokens; leave it out with --audio")
+            text = None if audio else open_text(tokenizer)
+        if audio:
             prepare_audio(source, output, sample_rate_hz=sample_rate, **shared)
         else:
-            with processes.agreed():
-                text = open_text(tokenizer)
             prepare_tokens(source, output, tokenizer, text=text, layout=format.value, **shared)
 
 

@@ -225,6 +225,23 @@ class TokenCache:
                 features[row, :length] = clip.features
         return AudioFrames(codes=codes, latents=latents, features=features, lengths=lengths)
 
+    def check_shared(self, world_size: int, max_frames: int) -> None:
+        """Whether there is something to learn from for each of so many ranks.
+
+        Args:
+            world_size: Number of processes.
+            max_frames: Most frames of a window.
+
+        Raises:
+            UserError: an epoch has fewer windows than ranks, so that several would hear the same at once.
+        """
+        windows = int(np.where(self.index.has_text, 1, -(-self.index.rows // max_frames)).sum())
+        if windows < world_size:
+            raise UserError(
+                f"{self.name}: {len(self)} clips to learn from, in {windows} windows of at most {max_frames} frames, "
+                f"are too few for {world_size} processes; start at most {windows}, or prepare more recordings"
+            )
+
     def batches(
         self,
         *,

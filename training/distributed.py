@@ -48,7 +48,7 @@ class Replicas:
         self.is_main: bool = accelerator.is_main_process
         self.rank: int = accelerator.process_index
         self.num_processes: int = accelerator.num_processes
-        self._processes = Processes(self.rank, self.num_processes, self.device)
+        self.processes = Processes(self.rank, self.num_processes, self.device)
         self.warnings: list[str] = []
         """Settings that are not in force, and why."""
 
@@ -64,14 +64,17 @@ class Replicas:
         for module in modules.values():
             module.to(self.device)
 
+    def check(self, modules: Modules) -> None:
+        """Whether it can train them.
+
+        Raises:
+            UserError: it cannot.
+        """
+
     def prepare(
         self, task: Task, modules: Modules, optimizer_config: Callable[[str], OptimizerConfig]
     ) -> dict[str, torch.optim.Optimizer]:
-        """Take filled modules over from the main process, share them out, and make their optimizers.
-
-        Raises:
-            UserError: this backend cannot train the task.
-        """
+        """Take filled modules over from the main process, share them out, and make their optimizers."""
         self.task = task
         self._broadcast(modules, parameters=True)
         return {name: make_optimizer(module, optimizer_config(name)) for name, module in modules.items()}
@@ -152,7 +155,7 @@ class Replicas:
 
     def everybody(self, value: Any) -> list[Any]:
         """The values of all processes."""
-        return self._processes.gather(value)
+        return self.processes.gather(value)
 
     def wait(self) -> None:
         """Until all processes are here."""

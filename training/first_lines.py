@@ -12,6 +12,7 @@ from hybridlm.decoder import Attention
 from training.background import BATCHES_AHEAD
 from training.config import RunConfig
 from training.distributed import Optimizers, Replicas
+from training.state import Found
 from training.task import Task
 
 
@@ -23,6 +24,26 @@ def notes_on_weights(modules: Mapping[str, nn.Module]) -> list[str]:
             counts[parameter.requires_grad] += parameter.numel()
     frozen = f", {counts[False] / 1e6:.2f} M frozen" if counts[False] else ""
     return [f"{counts[True] / 1e6:.2f} M trained weights{frozen}"]
+
+
+def note_on_resume(found: Found, config: RunConfig, processes: int) -> str:
+    """From where a run goes on, and what is not as it was there.
+
+    Args:
+        found: The checkpoint.
+        config: Settings now.
+        processes: How many now.
+    """
+    parts = [f"resumed from {found.folder}"]
+    if found.changed:
+        parts.append(f"changed: {', '.join(found.changed)}")
+    before = found.progress.processes
+    if before is not None and before != processes:
+        parts.append(f"{processes} processes, before {before}")
+        batches, once = config.accumulate * processes, (found.accumulate or 0) * before
+        if once and batches != once:
+            parts.append(f"a step takes {batches} batches, before {once}; set accumulate to keep them")
+    return "; ".join(parts)
 
 
 def notes_on_data(task: Task, backend: Replicas) -> list[str]:

@@ -151,8 +151,16 @@ class LanguageTask:
 
     def batches(self, *, seed: int, rank: int, world_size: int, skip: int) -> Iterator[Batch]:
         """Windows of about equal length or, packed, of any; without noise."""
+        self.train_data.check_shared(world_size, self._longest())
+        return self._batches(seed, rank, world_size, skip)
+
+    def _longest(self) -> int:
+        """Frames of a window."""
+        return min(self.config.data.max_frames, self.config.data.batch_frames, self.model.config.max_frames)
+
+    def _batches(self, seed: int, rank: int, world_size: int, skip: int) -> Iterator[Batch]:
         data, cache = self.config.data, self.train_data
-        limits = {"batch_frames": data.batch_frames, "max_frames": min(data.max_frames, self.model.config.max_frames)}
+        limits = {"batch_frames": data.batch_frames, "max_frames": self._longest()}
         where = {"seed": seed, "rank": rank, "world_size": world_size, "skip": skip}
         if data.pack_frames is None:
             for number, windows in enumerate(cache.batches(**where, **limits), start=skip):
@@ -330,7 +338,7 @@ class LanguageTask:
     def _validation_windows(self, cache: TokenCache) -> Iterator[list[Window]]:
         """The beginnings of clips in an order that mixes sources, as far as `validation_frames` go, by length."""
         data = self.config.data
-        longest = min(data.max_frames, data.batch_frames, self.model.config.max_frames)
+        longest = self._longest()
         order = torch.randperm(len(cache), generator=torch.Generator().manual_seed(0)).tolist()
         chosen: list[Window] = []
         left = data.validation_frames

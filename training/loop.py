@@ -24,13 +24,15 @@ from training.background import Interrupts, Prefetch
 from training.boards import Board, TensorBoard, WeightsAndBiases
 from training.config import OptimizerConfig, RunConfig
 from training.distributed import Replicas, open_backend
-from training.first_lines import native_bf16, notes_on_backend, notes_on_data, notes_on_weights
+from training.first_lines import native_bf16, note_on_resume, notes_on_backend, notes_on_data, notes_on_weights
 from training.guard import Guard
 from training.journal import Journal, Meter, pooled_means
 from training.layers import compile_layers, compiler_errors, keep_inputs_alone, uncompiled
 from training.optimizer import learning_rate
+from training.processes import before_joining
 from training.state import (
     CannotWrite,
+    Found,
     Progress,
     checkpoints,
     clear_leftovers,
@@ -72,7 +74,8 @@ def fit(task: Task, config: RunConfig, resolved: Mapping[str, Any], *, resume: b
     torch.set_flush_denormal(True)  # AdamW's averages of tiny gradients would slow a CPU down by an order of magnitude
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    backend = open_backend(config.device, lambda device: autocast_dtype(config.precision, device))
+    with before_joining():
+        backend = open_backend(config.device, lambda device: autocast_dtype(config.precision, device))
     if backend.device.type == "cpu":
         keep_freed_memory()
     run = _Run(task, config, resolved, backend, resume)
@@ -94,21 +97,13 @@ class _Run:
         self.device = backend.device
         self.modules = dict(task.modules())
         backend.place(self.modules)
-        checkpoint = self._open_output(resume)
-        notes = []
-        self.progress = Progress()
-        if checkpoint is not None:
-            found = load_checkpoint(checkpoint, self.modules, resolved)
-            self.progress = found.progress
-            changed = f"; changed: {', '.join(found.changed)}" if found.changed else ""
-            notes.append(f"resumed from {checkpoint}{changed}")
-        elif config.init_from is not None:
-            filled = load_weights(config.init_from, self.modules, partial=config.init_partial)
-            notes.append(f"weights of {', '.join(filled)}: {config.init_from}")
-        if resume and checkpoint is None:
-            notes.append(f"{self.output} holds no checkpoint yet; starting at step 0")
-        self.progress.shared_by(backend.num_processes)
-        notes = [*notes_on_weights(self.modules), *notes_on_data(task, backend), *notes]
+        with backend.processes.agreed():  # the first that the processes of a run tell each other
+            backend.check(self.modules)
+            found, about = self._begin(resume)
+            self.batches = task.batches(
+                seed=config.seed, rank=backend.rank, world_size=backend.num_processes, skip=self.progress.batches
+            )
+        notes = [*notes_on_weights(self.modules), *notes_on_data(task, backend), *about]
         if config.gradient_checkpointing:
             backend.warnings += keep_inputs_alone(self.modules)
         if config.compile:
@@ -116,8 +111,8 @@ class _Run:
         self.optimizers = backend.prepare(task, self.modules, self.optimizer_config)
         self.trained = {n: [p for p in m.parameters() if p.requires_grad] for n, m in self.modules.items()}
         self.ema = backend.averages(self.modules["model"], config.ema_decay) if config.ema_decay > 0 else None
-        if checkpoint is not None:
-            self._load_training_state(checkpoint, found.ema_updates)
+        if found is not None:
+            self._load_training_state(found.folder, found.ema_updates)
         self.generator = torch.Generator(self.device)
         self.journal = Journal(
             self.output,
@@ -131,6 +126,23 @@ class _Run:
             backend.warnings.append(f"spikes.norm_ratio is not used: {backend.name} tells the norm after the update")
         for note in (*notes, *notes_on_backend(backend, self.modules, self.optimizers, config)):
             self.journal.say(note)
+
+    def _begin(self, resume: bool) -> tuple[Found | None, list[str]]:
+        """Fill the modules, from the run's newest checkpoint if it goes on; returns that, and what to say of it."""
+        config, notes = self.config, list[str]()
+        self.progress = Progress()
+        checkpoint, found = self._open_output(resume), None
+        if checkpoint is not None:
+            found = load_checkpoint(checkpoint, self.modules, self.resolved)
+            self.progress = found.progress
+            notes.append(note_on_resume(found, config, self.backend.num_processes))
+        elif config.init_from is not None:
+            filled = load_weights(config.init_from, self.modules, partial=config.init_partial)
+            notes.append(f"weights of {', '.join(filled)}: {config.init_from}")
+        if resume and checkpoint is None:
+            notes.append(f"{self.output} holds no checkpoint yet; starting at step 0")
+        self.progress.shared_by(self.backend.num_processes)
+        return found, notes
 
     def _load_training_state(self, checkpoint: Path, ema_updates: int) -> None:
         for name, module in self.modules.items():
@@ -158,14 +170,8 @@ class _Run:
 
     def train(self) -> RunResult:
         config, progress = self.config, self.progress
-        batches = self.task.batches(
-            seed=config.seed,
-            rank=self.backend.rank,
-            world_size=self.backend.num_processes,
-            skip=progress.batches,
-        )
         meter = Meter()
-        stream = Prefetch(batches, warning_s=config.stall_warning_s, limit_s=config.stall_limit_s, tell=self._tell)
+        stream = Prefetch(self.batches, warning_s=config.stall_warning_s, limit_s=config.stall_limit_s, tell=self._tell)
         with stream, Interrupts() as interrupts:
             self._set_training(True)
             if config.validate_first and progress.step == 0:

@@ -218,6 +218,11 @@ def _fill(
             if workers < 1:
                 raise UserError(f"workers={workers} must be at least 1")
             manifest = source if isinstance(source, Manifest) else read_manifest(Path(source), split)
+            if 0 < (count := len({clip.key for clip in manifest.clips})) < processes.count:
+                raise UserError(
+                    f"{manifest.source}: {count} clips are too few for {processes.count} processes; start at most "
+                    f"{count}"
+                )
             writer = stack.enter_context(open_writer(0)) if processes.rank == 0 else None
         with processes.agreed():
             writer = writer or stack.enter_context(open_writer(processes.rank))

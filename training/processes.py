@@ -91,6 +91,28 @@ def on_cpu(device: str | None) -> bool:
     return asked or not (launched() == 1 or torch.cuda.is_available())
 
 
+@contextlib.contextmanager
+def before_joining() -> Iterator[None]:
+    """What each process of a launch does by itself before they join; if it fails on one, it ends all of them.
+
+    The first that the processes tell each other after they have joined must be whether all is well
+    (`Processes.agreed`): one that fails here joins for that alone.
+
+    Raises:
+        UserError: see `Processes.agreed`.
+    """
+    try:
+        yield
+    except (UserError, OSError):
+        if launched() == 1:
+            raise
+        from accelerate import PartialState
+
+        state = PartialState(cpu=on_cpu(None))
+        with Processes(state.process_index, state.num_processes, state.device).agreed():
+            raise
+
+
 def find_processes(*, cpu: bool, patience: timedelta | None = None) -> Accelerator:
     """Join the others of this launch.
 

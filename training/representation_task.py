@@ -145,17 +145,10 @@ class RepresentationTask:
 
     def batches(self, *, seed: int, rank: int, world_size: int, skip: int) -> Iterator[Batch]:
         """Windows of about equal length."""
-        data = self.config.data
-        windows = self.train_data.batches(
-            seed=seed,
-            rank=rank,
-            world_size=world_size,
-            skip=skip,
-            batch_frames=data.batch_frames,
-            max_frames=data.max_frames,
-        )
-        for batch in windows:
-            yield self._batch(self.train_data, batch)
+        limits = {"batch_frames": self.config.data.batch_frames, "max_frames": self.config.data.max_frames}
+        self.train_data.check_shared(world_size, min(limits.values()))
+        windows = self.train_data.batches(seed=seed, rank=rank, world_size=world_size, skip=skip, **limits)
+        return (self._batch(self.train_data, batch) for batch in windows)
 
     def size(self, batch: Batch) -> int:
         """Frames without padding."""

@@ -10,7 +10,7 @@ import torch
 
 from training.config import RunConfig, apply_overrides, read_yaml, resolve
 from training.loop import RunResult, fit
-from training.processes import leave
+from training.processes import before_joining, leave
 from training.task import Task
 
 if TYPE_CHECKING:
@@ -32,7 +32,9 @@ def train(
         UserError: bad settings, data or output.
     """
     try:
-        return train_mapping(apply_overrides(read_yaml(config_path), overrides), str(config_path), resume, sampler)
+        with before_joining():
+            mapping = apply_overrides(read_yaml(config_path), overrides)
+        return train_mapping(mapping, str(config_path), resume, sampler)
     finally:
         leave()
 
@@ -41,10 +43,12 @@ def train_mapping(
     mapping: dict[str, Any], where: str, resume: bool = False, sampler: Sampler | None = None
 ) -> RunResult:
     """As `train`, from settings already read; `where` names them in messages."""
-    config, make = task_parts(str(mapping.get("task")))
-    run, task_config, resolved = resolve(mapping, config, where=where)
-    torch.manual_seed(run.seed)
-    return fit(make(task_config, run, sampler), run, resolved, resume=resume)
+    with before_joining():
+        config, make = task_parts(str(mapping.get("task")))
+        run, task_config, resolved = resolve(mapping, config, where=where)
+        torch.manual_seed(run.seed)
+        task = make(task_config, run, sampler)
+    return fit(task, run, resolved, resume=resume)
 
 
 def task_parts(name: str) -> tuple[type, Callable[[Any, RunConfig, Sampler | None], Task]]:

@@ -63,14 +63,16 @@ class Sharded(Replicas, ABC):
     def place(self, modules: Modules) -> None:
         """Whole modules stay in main memory, where a model has room that has none on one device."""
 
-    def prepare(
-        self, task: Task, modules: Modules, optimizer_config: Callable[[str], OptimizerConfig]
-    ) -> dict[str, torch.optim.Optimizer]:
+    def check(self, modules: Modules) -> None:
         if len(modules) > 1:
             raise UserError(
                 f"{self.name} trains one module with one optimizer, but this task has {len(modules)}: "
                 f"{', '.join(modules)}; use configs/accelerate/ddp.yaml, or switch the adversary's losses off"
             )
+
+    def prepare(
+        self, task: Task, modules: Modules, optimizer_config: Callable[[str], OptimizerConfig]
+    ) -> dict[str, torch.optim.Optimizer]:
         self._broadcast(modules, parameters=True)
         self.task_loss = TaskLoss(task, modules, self.dtype)
         ((name, module),) = modules.items()

@@ -162,8 +162,11 @@ def save_checkpoint(
 class Found:
     """A checkpoint's `state.json`, and what was made of its settings."""
 
+    folder: Path
     progress: Progress
     ema_updates: int
+    accumulate: int | None
+    """Micro-batches that a step took on each process; None where the settings do not say."""
     changed: list[str]
     """Names of the settings that changed since, all of them allowed to."""
 
@@ -183,15 +186,27 @@ def load_checkpoint(folder: Path, modules: Mapping[str, nn.Module], config: Mapp
                 f"with init_from={folder}"
             )
         changed = changed_keys(state["config"], config)
-        for name in changed:
-            if name.split(".")[0] not in FREE_ON_RESUME:
-                raise UserError(
-                    f"cannot resume: '{name}' was {_value(state['config'], name)!r} and is now "
-                    f"{_value(config, name)!r}; set it back, or start a new output with init_from={folder}"
-                )
+        free = [name for name in changed if name.split(".")[0] in FREE_ON_RESUME]
+        told = [
+            f"'{name}' was {_value(state['config'], name)!r} and is now {_value(config, name)!r}"
+            for name in changed
+            if name not in free
+        ]
+        if told:
+            back, allowed = "it" if len(told) == 1 else "them", f" ({', '.join(free)} may change)" if free else ""
+            raise UserError(
+                f"cannot resume: {', '.join(told)}; set {back} back, or start a new output with "
+                f"init_from={folder}{allowed}"
+            )
         for name, module in modules.items():
             load_module_state(module, load_file(folder / f"{name}.safetensors"))
-        return Found(progress=Progress(**state["progress"]), ema_updates=state["ema_updates"], changed=changed)
+        return Found(
+            folder=folder,
+            progress=Progress(**state["progress"]),
+            ema_updates=state["ema_updates"],
+            accumulate=state["config"].get("accumulate"),
+            changed=changed,
+        )
 
 
 def load_training_state(folder: Path, stem: str, fill: Callable[[Iterator[tuple[str, Tensor]]], None]) -> None:

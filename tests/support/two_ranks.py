@@ -6,7 +6,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import training.layers
 from tests.support.toy_corpus import TINY_MODEL
 from tests.support.toy_task import ToyTask
 from tokenizer.errors import UserError
@@ -39,6 +40,8 @@ ENVIRONMENTS = {
     # A file, since small weights stay whole by default; DeepSpeed reads no path with a space in it.
     "zero3": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "zero3.json"},
 }
+PACKED = ("ddp", "zero2", "zero3")
+"""Backends under which clips share rows: which rows a process has does not depend on how weights are shared out."""
 ZERO3 = '{"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}, "gradient_clipping": "auto"}'
 
 
@@ -194,10 +197,20 @@ def language(folder: Path, output: str) -> dict[str, Any]:
     }
 
 
+def packed(folder: Path, output: str, accumulate: int) -> dict[str, Any]:
+    """The same with clips that share rows, two batches a step over all processes, and no noise: it is drawn by rank."""
+    settings = language(folder, output)
+    parts = settings["language"]
+    parts["data"] |= {"max_frames": 20, "pack_frames": 45, "batch_frames": 90}
+    parts["model"] |= {"sigma": 0.0, "history_noise": 0.0, "condition_dropout": 0.0}
+    parts["losses"] = {"text_dropout": 0.0}
+    return {**settings, "accumulate": accumulate, "max_steps": 4, "checkpoint_every": 2, "validate_every": 2}
+
+
 def run_all(folder: Path, backends: Sequence[str]) -> None:
     """Under each backend a run, one that goes on from where a single process was, and one of a language model.
 
-    Under those that let a batch leave weights out, also a run whose batches do.
+    Under those that let a batch leave weights out, also a run whose batches do; under some also one with packed rows.
     """
     rank = int(os.environ["RANK"])
     ENVIRONMENTS["zero3"]["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(folder / "zero3.json")
@@ -208,11 +221,41 @@ def run_all(folder: Path, backends: Sequence[str]) -> None:
         if not backend.startswith("zero"):
             fit(SharedTask(rank, same_graph=False), settings(folder / f"{backend}-seldom", 2), {})
         train_mapping(language(folder, f"{backend}-language"), "test")
-        try:
-            fit(ToyTask(), settings(folder / f"{backend}-two", 2), {})
-        except UserError as error:
-            (folder / f"{backend}-two" / f"said-{rank}").write_text(str(error))
+        if backend in PACKED:
+            train_mapping(packed(folder, f"{backend}-packed", 1), "test")
+        if backend == "ddp":
+            train_mapping(packed(folder, "ddp-packed-resumed", 1), "test", resume=True)
+        refused(folder / f"{backend}-two", fit, ToyTask(), settings(folder / f"{backend}-two", 2), {})
+        if backend == "ddp":
+            bad = {"max_step": 1} if rank else {}
+            refused(folder / "bad-key", train_mapping, {**language(folder, "never"), **bad}, "test")
+            alone = language(folder / "few", "run")
+            alone["language"]["data"]["validation_fraction"] = 0.0
+            refused(folder / "few", train_mapping, alone, "test")
+            compiled(folder)
     leave()
+
+
+def compiled(folder: Path) -> None:
+    """A run whose layers are compiled, by a compiler that leaves them as they are: what is left is to trace them."""
+    graphs = []
+
+    def compiler(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    training.layers.COMPILER = compiler  # type: ignore[assignment]
+    train_mapping({**packed(folder, "ddp-compiled", 1), "compile": True}, "test")
+    (folder / "ddp-compiled" / f"graphs-{os.environ['RANK']}").write_text(str(len(graphs)))
+
+
+def refused(folder: Path, call: Callable[..., object], *arguments: Any) -> None:
+    """Keep how a call ends on this rank: with a line, or in silence and with a status."""
+    folder.mkdir(exist_ok=True)
+    try:
+        call(*arguments)
+    except (UserError, SystemExit) as error:
+        (folder / f"said-{os.environ['RANK']}").write_text(str(error))
 
 
 if __name__ == "__main__":

@@ -15,10 +15,10 @@ from tests.support.toy_task import ToyTask
 from training import first_lines
 from training.config import RunConfig
 from training.distributed import Replicas
-from training.first_lines import notes_on_backend
+from training.first_lines import note_on_resume, notes_on_backend
 from training.journal import pooled_means
 from training.loop import fit
-from training.state import Progress
+from training.state import Found, Progress
 
 CONFIG = RunConfig(task="language", output="runs/x", max_steps=1, accumulate=3)
 
@@ -96,3 +96,14 @@ def test_another_number_of_processes_goes_on_where_all_had_come_to() -> None:
     unknown = Progress(batches=7)
     unknown.shared_by(2)
     assert (unknown.batches, unknown.processes) == (7, 2)
+
+
+def test_what_is_not_as_it_was_at_the_checkpoint_is_said() -> None:
+    found = Found(
+        folder=Path("run/step_7"), progress=Progress(processes=2), ema_updates=0, accumulate=2, changed=["accumulate"]
+    )
+    line = note_on_resume(found, replace(CONFIG, accumulate=4), 1)
+    assert line == "resumed from run/step_7; changed: accumulate; 1 processes, before 2"
+    line = note_on_resume(found, replace(CONFIG, accumulate=2), 3)
+    assert line.endswith("; 3 processes, before 2; a step takes 6 batches, before 4; set accumulate to keep them")
+    assert note_on_resume(replace(found, changed=[], accumulate=None), CONFIG, 2) == "resumed from run/step_7"

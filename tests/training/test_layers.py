@@ -19,9 +19,11 @@ from tests.training.test_dry_run import SHAPE, config, found_for, measured_step,
 from tokenizer.errors import UserError
 from tokenizer.transformer import rotate
 from training.config import RunConfig
-from training.layers import compiler_errors
+from training.distributed import Replicas
+from training.layers import compile_layers, compiler_errors
 from training.loop import fit
 from training.plan import PlannedTask, made_up_batch, plan
+from training.processes import find_processes
 from training.run import train_mapping
 from training.state import checkpoints
 
@@ -139,6 +141,19 @@ def test_what_cannot_be_compiled_runs_uncompiled_and_says_why(
     (warning,) = [line for line in said.splitlines() if line.startswith("warning: compile is not used")]
     assert "no working C++ compiler" in warning and "compile off" in said
     assert last(folder / "uncompiled") == last(folder / "plain")
+
+
+def test_what_another_process_cannot_compile_none_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OneOfTwo(Replicas):
+        def everybody(self, value: Any) -> list[Any]:
+            return [value, "no working C++ compiler"]
+
+    monkeypatch.setattr(training.layers, "_reason_against", lambda *given: None)
+    model = HybridLM(config())
+    backend = OneOfTwo(find_processes(cpu=True), None)
+    (warning,) = compile_layers({"model": model}, backend)
+    assert warning == "compile is not used, layers run uncompiled: no working C++ compiler"
+    assert all(part._compiled_call_impl is None for part in model.modules())
 
 
 def test_other_tasks_are_told_that_nothing_comes_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -125,6 +125,14 @@ def test_a_mixture_does_not_depend_on_the_number_of_ranks(two: list[Path]) -> No
     assert [batch for pair in zip(*halves, strict=True) for batch in pair] == one[2:]
 
 
+def test_fewer_windows_than_ranks_are_refused(two: list[Path]) -> None:
+    cache = TokenCache(two[1])  # ten clips of 10 to 19 frames, without text
+    cache.check_shared(10, 100)
+    cache.check_shared(19, 10)  # a long clip is several windows
+    with pytest.raises(UserError, match="10 clips to learn from, in 10 windows of at most 100 frames, are too"):
+        cache.check_shared(11, 100)
+
+
 def test_a_folder_without_clips_is_refused(two: list[Path], tmp_path: Path) -> None:
     tokens(sines(tmp_path / "in", [0.1], split="test"), tmp_path / "other")
     with pytest.raises(UserError, match=r"other has no clip of split 'train' .* 50\.0% of what is heard; leave it out"):

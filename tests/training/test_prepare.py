@@ -352,6 +352,15 @@ def test_two_processes_make_the_cache_of_one(tmp_path: Path) -> None:
     assert (tmp_path / "two/problems.txt").read_text() == (tmp_path / "one/problems.txt").read_text()
 
 
+def test_more_processes_than_clips_end_in_one_line(tmp_path: Path) -> None:
+    source = sines(tmp_path / "in", [0.1])
+    with pytest.raises(UserError, match="1 clips are too few for 2 processes; start at most 1"):
+        tokens(source, tmp_path / "out", processes=Alone(0, 2))
+    with pytest.raises(UserError, match="1 clips are too few for 20 processes"):
+        tokens(source, tmp_path / "out", processes=Alone(0, 20))
+    assert not (tmp_path / "out").exists()
+
+
 def test_letters_of_another_script_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     entries = [{"path": "a.wav", "duration": 0.1, "text": "good morning"}]
     entries.append({"path": "b.wav", "duration": 0.1, "text": "доброе утро"})

@@ -193,6 +193,10 @@ def test_an_incompatible_change_is_named(tmp_path: Path) -> None:
     fit(ToyTask(), settings(tmp_path), {"language": {"model": {"hidden_dim": 8}}, "max_steps": 12})
     with pytest.raises(UserError, match=r"cannot resume: 'language.model.hidden_dim' was 8 and is now 16; set it back"):
         fit(ToyTask(), settings(tmp_path), {"language": {"model": {"hidden_dim": 16}}, "max_steps": 12}, resume=True)
+    several = {"language": {"model": {"hidden_dim": 16}, "data": "b"}, "max_steps": 14}
+    message = r"is now 16, 'language.data' was None and is now 'b'; set them back, .*\(max_steps may change\)"
+    with pytest.raises(UserError, match=message):
+        fit(ToyTask(), settings(tmp_path), several, resume=True)
     changed = {"language": {"model": {"hidden_dim": 8}}, "max_steps": 14}
     assert fit(ToyTask(), settings(tmp_path, max_steps=14), changed, resume=True).step == 14
 
