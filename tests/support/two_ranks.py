@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import training.layers
+from tests.support import rank_memory
 from tests.support.toy_corpus import TINY_MODEL
 from tests.support.toy_task import ToyTask
 from tokenizer.errors import UserError
@@ -225,6 +226,8 @@ def run_all(folder: Path, backends: Sequence[str]) -> None:
             train_mapping(packed(folder, f"{backend}-packed", 1), "test")
         if backend == "ddp":
             train_mapping(packed(folder, "ddp-packed-resumed", 1), "test", resume=True)
+        if backend == "zero2":
+            rank_memory.measure(folder / "zero2-memory")
         refused(folder / f"{backend}-two", fit, ToyTask(), settings(folder / f"{backend}-two", 2), {})
         if backend == "ddp":
             bad = {"max_step": 1} if rank else {}

@@ -11,10 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.training_ranks import MadeUpTask
 from hybridlm.checkpoint import load_model
+from hybridlm.model import HybridLM
+from tests.support import rank_memory
+from tests.support.tiny_audio_model import tiny_tokenizer
 from tests.support.toy_corpus import write_cache
 from tests.support.two_ranks import ENVIRONMENTS, ZERO3, SharedTask, packed, settings, start
+from training.dry_run import Answers, dry_run
 from training.loop import fit
+from training.plan import PlannedTask, made_up_batch, memory
 from training.run import train_mapping
 from training.state import checkpoints
 
@@ -136,6 +142,22 @@ def test_compiled_layers_learn_the_same(runs: Path) -> None:
     found, expected = curve(runs / "ddp-compiled"), curve(runs / "one-packed")
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], atol=1e-4, rtol=1e-4, msg=name)
+
+
+@pytest.mark.skipif(not DEEPSPEED, reason="deepspeed is not installed")
+def test_a_step_takes_the_memory_that_the_plan_says(runs: Path) -> None:
+    added = json.loads((runs / "zero2-memory" / "added.json").read_text())
+    task = MadeUpTask(rank_memory.CONFIG, rank_memory.SHAPE)
+    shape = rank_memory.SHAPE
+    found = dry_run(
+        lambda: (PlannedTask(task.config, HybridLM(rank_memory.CONFIG)), made_up_batch(rank_memory.CONFIG, shape)),
+        Answers(scored=1.0, columns=shape.columns - 1),
+        autocast=None,
+        fused=False,
+    )
+    planned = memory(task.model, tiny_tokenizer(), found, gpus=2, backend="zero2", averaged=False)
+    before = ("weights", "optimizer", "DeepSpeed's copy", "tokenizer")
+    assert sum(size for name, size in planned.items() if name not in before) == pytest.approx(added, rel=0.05)
 
 
 @pytest.mark.parametrize("backend", ["fsdp2", *ZERO])

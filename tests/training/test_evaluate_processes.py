@@ -32,7 +32,7 @@ def two(*commands: list[str]) -> list[subprocess.CompletedProcess[str]]:
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         started.append(subprocess.Popen(command, env={**os.environ, **about}, cwd=ROOT, **pipes))
     try:
-        done = [(process, *process.communicate(timeout=300)) for process in started]
+        done = [(process, *process.communicate(timeout=900)) for process in started]
     finally:
         for process in started:
             process.kill()

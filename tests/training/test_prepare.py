@@ -339,7 +339,7 @@ def test_two_processes_make_the_cache_of_one(tmp_path: Path) -> None:
         about |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         command = [sys.executable, "-m", "hybridlm", *options]
         started.append(subprocess.Popen(command, env={**os.environ, **about}, stderr=subprocess.PIPE, text=True))
-    told = [process.communicate(timeout=300)[1] for process in started]
+    told = [process.communicate(timeout=900)[1] for process in started]
     assert [process.returncode for process in started] == [0, 0], told
     assert "two: 3 clips, 3 of them new" in told[0] and "2 clips skipped" in told[0]
     assert "clips" not in told[1], "the first process speaks for both"

@@ -62,7 +62,7 @@ def test_two_processes_equal_two_micro_batches_and_stop_together(tmp_path: Path)
         about |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         command = [sys.executable, "-m", "tests.training.test_processes", str(tmp_path / "two"), str(rank)]
         processes.append(subprocess.Popen(command, env={**os.environ, **about}, cwd=ROOT))
-    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    assert [process.wait(timeout=900) for process in processes] == [0, 0]
     one, two = (load_file(checkpoints(tmp_path / name)[-1] / "model.safetensors") for name in ("one", "two"))
     assert checkpoints(tmp_path / "two")[-1].name == "step_00000006"
     for name in one:

@@ -191,7 +191,7 @@ class Threads(Processes):
 
 def on_threads(count: int, work: Any) -> list[Any]:
     """What `work` gives, or the exception it ends in, on each of so many."""
-    shared = (threading.Barrier(count, timeout=60), [None] * count)
+    shared = (threading.Barrier(count, timeout=600), [None] * count)
 
     def one(rank: int) -> Any:
         try:
