@@ -8,7 +8,6 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,14 +18,15 @@ import training.prepare
 from hybridlm.checkpoint import open_text
 from tests.support.recordings import RATE, SILENT, BlockTokenizer, sines, tokens, write_corpus, write_sine
 from tests.support.tiny_audio_model import tiny_tokenizer
+from tests.support.torn_writing import STREAMS, assert_all_comes_back, cut
 from tests.support.toy_corpus import write_clips
 from tokenizer.audio import read_audio
 from tokenizer.errors import UserError
 from tokenizer.text import TextTokenizer
 from training.corpus import PcmCache, TokenCache, Window, prepare, prepare_audio
-from training.layouts import Place, Stream
+from training.layouts import Stream
 from training.processes import Processes
-from training.shards import ShardReader, ShardWriter
+from training.shards import ShardWriter
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -247,39 +247,15 @@ def test_shards_give_back_what_went_in_wherever_writing_was_cut(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[int], stop: int, torn: int
 ) -> None:
     folder = tmp_path_factory.mktemp("shards")
-    streams = {"a": Stream(dtype="int16", width=2), "b": Stream(dtype="float32", width=1)}
-    clips = {
-        f"clip{i}": {
-            "a": np.full((n, 2), i, np.int16) + np.arange(n, dtype=np.int16)[:, None],
-            "b": np.arange(n, dtype=np.float32)[:, None] / 7,
-        }
-        for i, n in enumerate(lengths)
-    }
 
-    def writer() -> ShardWriter:
-        return ShardWriter(folder, kind="toy", streams=streams, about={}, max_rows=10)
+    def tear() -> None:  # rows of one stream got out, those of the other are lost
+        for path in sorted(folder.glob("*.a.bin"))[-1:]:
+            path.write_bytes(path.read_bytes() + b"x" * torn)
+        cut(list(folder.glob("*.b.bin")), torn)
 
-    with writer() as first:
-        for key in list(clips)[:stop]:
-            first.append(key, "v", clips[key])
-    for path in sorted(folder.glob("*.a.bin"))[-1:]:  # rows of one stream got out, those of the other are lost
-        path.write_bytes(path.read_bytes() + b"x" * torn)
-    for path in sorted(folder.glob("*.b.bin"))[-1:]:
-        path.write_bytes(path.read_bytes()[: max(path.stat().st_size - torn, 0)])
-    with writer() as second:
-        for key, arrays in clips.items():
-            if key not in second.places:
-                second.append(key, "v", arrays)
-        assert second.finish((key, {}) for key in clips) == len(clips)
-    reader = ShardReader(folder, "toy")
-    for offset, line in reader.lines():
-        assert reader.line(offset) == line
-        wanted = clips[line["key"]]
-        for name in streams:
-            rows = reader.rows(name, Place(line["shard"], line["row"], line["rows"]), 0, line["rows"])
-            np.testing.assert_array_equal(rows, wanted[name])
+    assert_all_comes_back(folder, lengths, stop, tear, max_rows=10)
     for path in folder.glob("*.a.bin"):
-        assert path.stat().st_size <= 10 * streams["a"].row_bytes
+        assert path.stat().st_size <= 10 * STREAMS["a"].row_bytes
 
 
 def test_cut_shard_is_told(tmp_path: Path) -> None:

@@ -18,10 +18,9 @@ from hypothesis import strategies as st
 
 import training.shards
 from tests.support.recordings import BlockTokenizer, sines, tokens, write_corpus
+from tests.support.torn_writing import assert_all_comes_back, cut
 from tokenizer.errors import UserError
 from training.corpus import TokenCache, Window
-from training.layouts import Place, Stream
-from training.shards import ShardReader, ShardWriter
 
 
 def test_a_cache_in_tar_files_is_the_other(tmp_path: Path) -> None:
@@ -69,30 +68,9 @@ def test_clips_come_back_wherever_writing_was_cut(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[int], stop: int, torn: int
 ) -> None:
     folder = tmp_path_factory.mktemp("tar")
-    streams = {"a": Stream(dtype="int16", width=2), "b": Stream(dtype="float32", width=1)}
-    clips = {
-        f"clip{i}": {"a": np.full((n, 2), i, np.int16), "b": np.arange(n, dtype=np.float32)[:, None] / 7}
-        for i, n in enumerate(lengths)
-    }
-
-    def writer() -> ShardWriter:
-        return ShardWriter(folder, kind="toy", streams=streams, about={}, max_rows=20, layout="tar")
-
-    with writer() as first:
-        for key in list(clips)[:stop]:
-            first.append(key, "v", clips[key], {"text": "x" * len(key)})
-    for path in sorted(folder.glob("*.tar"))[-1:]:
-        path.write_bytes(path.read_bytes()[: max(path.stat().st_size - torn, 0)])
-    with writer() as second:
-        for key, arrays in clips.items():
-            if key not in second.places:
-                second.append(key, "v", arrays)
-        assert second.finish((key, {}) for key in clips) == len(clips)
-    reader = ShardReader(folder, "toy")
-    for _, line in reader.lines():
-        for name in streams:
-            found = reader.rows(name, Place(line["shard"], line["row"], line["rows"]), 0, line["rows"])
-            np.testing.assert_array_equal(found, clips[line["key"]][name])
+    assert_all_comes_back(
+        folder, lengths, stop, lambda: cut(list(folder.glob("*.tar")), torn), max_rows=20, layout="tar"
+    )
     for path in folder.glob("*.tar"):
         with tarfile.open(path) as tar:
             assert len(tar.getnames()) % 3 == 0
