@@ -66,9 +66,11 @@ class ZeRO(Sharded):
             "zero_force_ds_cpu_optimizer": False,  # PyTorch's fused AdamW runs on CPUs, and need not be compiled
         }
         zero = self._settings["zero_optimization"]
-        if zero.get("reduce_bucket_size", "auto") == "auto":
+        if own_bucket := zero.get("reduce_bucket_size", "auto") == "auto":
             zero["reduce_bucket_size"] = min(BUCKET, sum(p.numel() for p in module.parameters()))
         self.engine, _ = self.accelerator.prepare(self.task_loss, make_optimizer(module, config))
+        if own_bucket:
+            del zero["reduce_bucket_size"]  # accelerate keeps the settings for another model of this process
         self._zero = self.engine.optimizer
         if self.partitions_weights:
             self._gather_for_methods(module)

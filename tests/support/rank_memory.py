@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from pathlib import Path
@@ -41,6 +42,7 @@ def measure(output: Path) -> None:
 
     def watched(*arguments: Any, step: int, **named: Any) -> Any:
         if step == STEPS - 1 and main:
+            gc.collect()  # of runs before it
             profiler.start()
         return loss(*arguments, step=step, **named)
 
