@@ -125,7 +125,7 @@ def test_bad_files_are_told_in_one_line(tmp_path: Path) -> None:
         "missing.wav": "no such file",
         "": "is a folder, but must be an audio file",
         "text.wav": "is not audio that can be read",
-        "empty.wav": "is not audio that can be read",
+        "empty.wav": "is not audio: the file is empty",
         "bytes.raw": "is not audio that can be read",
         "zero.wav": "holds no samples",
         "nan.wav": "NaN or infinite at 0.020 s",
