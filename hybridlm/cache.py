@@ -143,6 +143,7 @@ class KeyValueCache:
             length=self.length - first,
             key_mask=_with_room(self.real()[:, first:]),
             first_layer=self.first_layer,
+            turns=self.turns,
         )
 
     def forget(self, sinks: Int[Tensor, " B"], dropped: Int[Tensor, " B"], rotation: Rotation) -> KeyValueCache:
@@ -173,6 +174,7 @@ class KeyValueCache:
             length=length,
             key_mask=_with_room(keep.gather(1, columns)),
             first_layer=self.first_layer,
+            turns=self.turns,
         )
 
 

@@ -15,10 +15,11 @@ Equal results. Every row draws from a generator of its own, the same count of nu
 that a row depends on its seed alone. What is left is rounding: a matrix product may differ in the last bits between
 batch sizes, which moves a draw across the boundary of two codes about once in a million draws.
 
-Any length. A request may be longer than the model's longest sequence: with `sink_frames`, once so many frames are held,
-the oldest fall out, an eighth at a time, but for the prefix and the first ones, which attention leans on (StreamingLLM,
-arXiv 2309.17453). What stays moves up, so that no distance is one that the model was not trained on; time and memory a
-frame are bounded.
+Any length. A request may be longer than the model's longest sequence: with `sink_frames`, once `window_frames` are
+held, the oldest fall out, an eighth at a time, but for the prefix and the first ones, which attention leans on
+(StreamingLLM, arXiv 2309.17453). What stays moves up, so that no distance is one that the model was not trained on.
+Memory and time a frame are bounded, the latter by the window: keys and values are read at every frame, beside the
+weights.
 """
 
 from __future__ import annotations
@@ -75,8 +76,10 @@ class Request:
     place: int | None = None
     """Pieces of the text that the prompt has spoken, which a reader goes on from; None: it finds out by itself."""
     sink_frames: int | None = None
-    """First frames that are never forgotten, where more are drawn than the model's longest sequence has; None: nothing
-    is forgotten, and no more can be drawn."""
+    """First frames that are never forgotten, where more are drawn than `window_frames`; None: nothing is forgotten, and
+    no more can be drawn than the model's longest sequence has."""
+    window_frames: int | None = None
+    """Most frames that are held, with `sink_frames`; None: as many as the model's longest sequence has."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,7 +146,7 @@ class FrameLoop:
         self.h, self.cache = model.start(prefix, mask, context, place)
         self.held = 0 if context is None else context.latents.shape[1]
         """Frames that the cache has."""
-        self.window = None if request.sink_frames is None else model.config.max_frames
+        self.window = _window(request, model.config.max_frames)
         """As many as it may have; None: all."""
         self.sinks = self.cache.positions[:, 0] - self.held + (request.sink_frames or 0)
         """First positions of every row that are never forgotten: the prefix, and frames."""
@@ -270,7 +273,7 @@ def _memory_told(model: HybridLM, request: Request) -> Iterator[None]:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         config, rows, frames = model.config, len(request.seeds), request.limits.maximum
-        frames = frames if request.sink_frames is None else min(frames, config.max_frames)
+        frames = min(frames, _window(request, config.max_frames) or frames)
         columns = (2 if _guided(request) else 1) * rows * (frames + len(request.prefix))
         held = columns * config.num_layers * 2 * config.num_kv_heads * config.head_dim * 4
         raise UserError(
@@ -279,15 +282,27 @@ def _memory_told(model: HybridLM, request: Request) -> Iterator[None]:
         ) from error
 
 
+def _window(request: Request, longest: int) -> int | None:
+    """Most frames that are held; None: all."""
+    if request.sink_frames is None:
+        return None
+    return longest if request.window_frames is None else request.window_frames
+
+
 def _check_length(request: Request, longest: int) -> None:
-    sinks, frames = request.sink_frames, request.limits.maximum
+    sinks, frames, window = request.sink_frames, request.limits.maximum, request.window_frames
     if sinks is None and frames > longest:
         raise UserError(
             f"{frames} frames are more than max_frames={longest}, the model's longest sequence; give sink_frames (4, "
             "say), and the oldest frames are forgotten"
         )
-    if sinks is not None and not 0 <= sinks < longest:
-        raise UserError(f"sink_frames={sinks} must be at least 0 and below max_frames={longest}")
+    if window is not None and sinks is None:
+        raise UserError(f"window_frames={window} needs sink_frames, the first frames that stay; give 0 or more")
+    if window is not None and not 1 <= window <= longest:
+        raise UserError(f"window_frames={window} must be at least 1 and at most max_frames={longest}")
+    name, most = ("max_frames", longest) if window is None else ("window_frames", window)
+    if sinks is not None and not 0 <= sinks < most:
+        raise UserError(f"sink_frames={sinks} must be at least 0 and below {name}={most}")
 
 
 def _context(request: Request, rows: int) -> AudioFrames | None:

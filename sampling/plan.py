@@ -65,6 +65,7 @@ class _Facts:
     seed: int
     controls: Controls
     sink_frames: int | None = None
+    window_frames: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,6 +133,7 @@ class Plan:
             seed=request.seeds[0],
             controls=request.controls,
             sink_frames=request.sink_frames,
+            window_frames=request.window_frames,
         )
         tensors = {"codes": self.codes.to(torch.int32), "lengths": self.lengths}
         if request.prompt is not None:
@@ -221,6 +223,7 @@ def _plan(tensors: Mapping[str, Tensor], facts_json: Any, path: Path) -> Plan:
         reference=facts.reference,
         place=facts.place,
         sink_frames=facts.sink_frames,
+        window_frames=facts.window_frames,
     )
     return Plan(
         codes=codes,

@@ -50,6 +50,28 @@ def test_until_the_ring_is_full_nothing_differs() -> None:
     assert len(long.codes[0, 0, WINDOW:].unique()) > 5
 
 
+def test_a_window_forgets_as_a_shorter_longest_sequence_does() -> None:
+    shorter = tiny_model(max_frames=WINDOW, stop_bias=-30).model
+    longer = tiny_model(max_frames=80, stop_bias=-30).model
+    short = joined(list(generate_frames(shorter, request(60))))
+    long = joined(list(generate_frames(longer, request(60, window_frames=WINDOW))))
+    whole = joined(list(generate_frames(longer, request(60))))
+    assert torch.equal(long.codes, short.codes) and torch.equal(long.latents, short.latents)
+    assert torch.equal(whole.codes[:, :, :WINDOW], long.codes[:, :, :WINDOW])
+    assert not torch.equal(whole.codes, long.codes)
+
+
+def test_a_prompt_longer_than_the_window_is_forgotten_first() -> None:
+    model = tiny_model(max_frames=80, stop_bias=-30).model
+    past = joined(list(generate_frames(model, request(50, seeds=(9,)))))
+    loop = FrameLoop(model, request(60, prompt=past, context_frames=40, window_frames=WINDOW))
+    assert loop.held == 40
+    frame = loop.draw(may_stop=False)
+    assert frame is not None
+    loop.advance(frame)
+    assert loop.held == WINDOW - (WINDOW - SINKS) // 8 + 1
+
+
 def test_memory_is_flat() -> None:
     model = tiny_model(max_frames=WINDOW, stop_bias=-30).model
     loop, shapes, lengths = FrameLoop(model, request(90)), set(), []
@@ -99,6 +121,7 @@ def test_side_by_side_as_alone(settings: dict[str, object]) -> None:
         request(55, seeds=(1,)),
         request(14, seeds=(2,), sink_frames=None, controls=Controls(cfg=1.0)),
         request(40, seeds=(3,), sink_frames=0, controls=Controls(cfg=1.0)),
+        request(45, seeds=(5,), window_frames=11, controls=Controls(cfg=1.0)),
         request(33, seeds=(4,), prompt=past, prefix=[6, 30, 31, 2], controls=Controls(cfg=1.0)),
     ]
     scheduler = Scheduler(model, max_rows=3)
@@ -115,7 +138,7 @@ def test_side_by_side_as_alone(settings: dict[str, object]) -> None:
 
 def test_a_plan_of_a_long_request_plays_again(tmp_path: Path) -> None:
     model: AudioModel = tiny_model(max_frames=WINDOW, stop_bias=-30)
-    asked = request(50, seeds=(3,))
+    asked = request(50, seeds=(3,), window_frames=13)
     frames = joined(list(generate_frames(model.model, asked)))
     origin: Origin = model.origin
     plan = Plan(codes=frames.codes, lengths=frames.lengths, request=asked, origin=origin, frame_rate_hz=25.0)
@@ -130,3 +153,9 @@ def test_too_long_without_sinks_is_refused() -> None:
         next(generate_frames(model, request(21, sink_frames=None)))
     with pytest.raises(UserError, match="sink_frames=20 must be at least 0 and below max_frames=20"):
         next(generate_frames(model, request(21, sink_frames=20)))
+    with pytest.raises(UserError, match="sink_frames=5 must be at least 0 and below window_frames=5"):
+        next(generate_frames(model, request(21, sink_frames=5, window_frames=5)))
+    with pytest.raises(UserError, match="window_frames=21 must be at least 1 and at most max_frames=20"):
+        next(generate_frames(model, request(21, window_frames=21)))
+    with pytest.raises(UserError, match="window_frames=5 needs sink_frames"):
+        next(generate_frames(model, request(5, sink_frames=None, window_frames=5)))
