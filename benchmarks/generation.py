@@ -1,14 +1,15 @@
 """Generation near the machine's limit: a step of the backbone beside `transformers`, and whole recordings of a model.
 
     python -m benchmarks.generation [--model DIR] [--sizes 23M 300M] [--repeats 7] [--threads N] [--duration 4]
-        [--lengths 10 60 300 1800] [--json FILE]
+        [--lengths 10 60 300 1800] [--window 12] [--json FILE]
 
 Steps at batch 1 of a Llama of random weights: ours at fp32, bf16 and int8, and that of `transformers` with the same
 weights, whose states agree (asserted); of its eager ways (dynamic and static cache) the faster. All take turns. The
 share of the bandwidth is what reading the weights once would take, as fast as a sum over 256 MiB reads, of the step's
 time: the rest is not memory's. Then whole generation with its decoding at each precision, eight at once against eight
 alone, and, for a model with a flow head, one step of it against sixteen; time and memory a frame as a recording grows
-past the model's longest sequence (`sink_frames`); and a process of its own from its start to the first sound, beyond
+beyond the window that it holds (`sink_frames`, `window_frames`; that of long music if not given by --window), with the
+ratio to the shortest; and a process of its own from its start to the first sound, beyond
 importing torch.
 """
 
@@ -17,11 +18,10 @@ from __future__ import annotations
 import argparse
 import copy
 import resource
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from hybridlm.precision import pack
 from sampling.bench import (
     HEADING,
     Row,
+    Timing,
     generation_rows,
     in_turns,
     possible,
@@ -46,6 +47,7 @@ from sampling.bench import (
 )
 from sampling.controls import Controls
 from sampling.generate import FrameLoop, Limits, Request
+from sampling.longform import LongForm
 from sampling.pipeline import AudioModel, load
 from tokenizer.errors import UserError
 
@@ -59,7 +61,8 @@ PREFIX = 64
 STEPS = 8
 """Steps that are timed at once."""
 BATCH = 8
-SINKS = 4
+SINKS = 0
+"""First frames that are never forgotten, beside the prefix; as long music has it."""
 CPU = torch.device("cpu")
 
 
@@ -186,9 +189,12 @@ def flow_rows(model: AudioModel, repeats: int) -> list[Row]:
     ]
 
 
-def length_rows(model: AudioModel, lengths: list[float]) -> list[Row]:
-    """The time of a frame, and memory, once a recording is so long."""
-    rate, frames = model.tokenizer.frame_rate_hz, 50
+def length_rows(model: AudioModel, lengths: list[float], window_seconds: float, repeats: int) -> list[Row]:
+    """The time of a frame, and memory, once a recording is so long: all lengths take turns, so that what the machine
+    does meanwhile tells for none."""
+    rate, lengths = model.tokenizer.frame_rate_hz, sorted(lengths)
+    window = max(SINKS + 1, min(round(window_seconds * rate), model.model.config.max_frames))
+    frames = max(1, window // 4)  # of which the ring forgets an eighth at once: what that takes is counted
     ids = model.text.encode("", ["music"] if "music" in model.tags else [])
     request = Request(
         prefix=ids,
@@ -199,29 +205,44 @@ def length_rows(model: AudioModel, lengths: list[float]) -> list[Row]:
         seeds=(0,),
         controls=Controls(cfg=1.0),
         sink_frames=SINKS,
+        window_frames=window,
     )
-    loop, seconds, rows = FrameLoop(model.model, request), [], []
-    for length in sorted(lengths):
-        while len(seconds) < max(frames, round(length * rate)):
-            began = time.perf_counter()
-            frame = loop.draw(may_stop=False)
-            assert frame is not None
-            loop.advance(frame)
-            seconds.append(time.perf_counter() - began)
-        latest = sorted(seconds[-frames:])
-        held = sum(x.numel() * x.element_size() for x in (*loop.cache.attention.keys, *loop.cache.attention.values))
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        rows.append(
-            Row(
-                name=f"a frame after {length:g} s",
-                value=statistics.median(latest) * 1e3,
-                low=latest[len(latest) // 4] * 1e3,
-                high=latest[3 * len(latest) // 4] * 1e3,
-                unit="ms",
-                beside=f"cache {held / 2**20:.1f} MiB, process at most {peak / 2**10:.0f} MiB",
-            )
+    loop, made = FrameLoop(model.model, request), 0
+    cases: dict[str, Callable[[], None]] = {}
+    held: dict[str, int] = {}
+    for length in lengths:
+        _go_on(loop, max(0, round(length * rate) - made))
+        made = max(made, round(length * rate))
+        name, attention = f"a frame after {length:g} s", loop.cache.attention
+        cases[name] = partial(_go_on, _copied(loop), frames, copied=True)
+        held[name] = sum(x.numel() * x.element_size() for x in (*attention.keys, *attention.values))
+    timings, rows = in_turns(cases, repeats), []
+    first = next(iter(timings.values()))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    for name, timing in timings.items():
+        a_frame = Timing(seconds=tuple(seconds / frames for seconds in timing.seconds))
+        beside = (
+            f"{timing.median / first.median:.2f}x that after {lengths[0]:g} s; window {window / rate:g} s, cache "
+            f"{held[name] / 2**20:.1f} MiB, process at most {peak:.0f} MiB"
         )
+        rows.append(time_row(name, a_frame, beside))
     return rows
+
+
+def _copied(loop: FrameLoop) -> FrameLoop:
+    """One to go on by without the other."""
+    again = copy.copy(loop)
+    again.cache = loop.cache.select(torch.arange(len(loop.h)))
+    return again
+
+
+def _go_on(loop: FrameLoop, frames: int, *, copied: bool = False) -> None:
+    """Draw so many more; `copied` leaves the loop where it is."""
+    loop = _copied(loop) if copied else loop
+    for _ in range(frames):
+        frame = loop.draw(may_stop=False)
+        assert frame is not None
+        loop.advance(frame)
 
 
 def cold_rows(model: str, repeats: int) -> list[Row]:
@@ -244,6 +265,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--duration", type=float, default=4.0, help="seconds of audio a run")
     parser.add_argument("--lengths", type=float, nargs="*", default=[10.0, 60.0, 300.0, 1800.0], help="seconds")
+    parser.add_argument("--window", type=float, default=LongForm().window_seconds, help="seconds that are held of them")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
     if args.threads:
@@ -263,7 +285,7 @@ def main(arguments: list[str] | None = None) -> int:
         tell(generation_rows(models, args.duration, args.repeats))
         tell([batch_row(models["fp32"], args.duration, args.repeats)])
         tell(flow_rows(models["fp32"], args.repeats))
-        tell(length_rows(models["fp32"], args.lengths))
+        tell(length_rows(models["fp32"], args.lengths, args.window, args.repeats))
         tell(cold_rows(args.model, args.repeats))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

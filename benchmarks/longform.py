@@ -41,7 +41,7 @@ from training.probe import write_json
 
 KINDS = ("music", "text")
 NEVER = 1e9
-"""Bands: made in segments like the others, and never re-anchored."""
+"""Bands: made like the others, and never re-anchored."""
 
 
 def names(options: argparse.Namespace) -> Iterator[tuple[str, str, bool, int]]:
@@ -171,7 +171,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="the first")
     parser.add_argument("--window", type=float, default=3.0, metavar="S", help="seconds of a window")
     parser.add_argument("--anchor", type=float, default=10.0, metavar="S", help="the first seconds")
-    parser.add_argument("--segment", type=float, default=6.0, metavar="S", help="of music, and of its carry-over")
+    parser.add_argument(
+        "--segment", type=float, default=6.0, metavar="S", help="of music between two checks, and re-read"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, default=Path("runs/longform"), metavar="DIR")
     parser.add_argument("--json", type=Path, help="write all figures here")

@@ -112,6 +112,10 @@ def generate(
         float | None,
         typer.Option(metavar="X", help="Re-anchor when the sound is X band widths off its first seconds; 2, say."),
     ] = None,
+    pause: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", help="Least quiet between the sentences of a long text; 0.25 if not given."),
+    ] = None,
     save_plan: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Keep the drawn codes here (.safetensors), for 'hybridlm render'."),
@@ -153,6 +157,7 @@ def generate(
         stream=stream,
         form=form,
         max_drift=max_drift,
+        pause=pause,
         save_plan=save_plan,
         precision=precision or "fp32",
         compile=compile,

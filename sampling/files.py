@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sampling.assemble import GeneratedAudio
 from sampling.controls import Controls, changed
-from sampling.longform import LongForm, segment_sentences
+from sampling.longform import PAUSE_SECONDS, LongForm, segment_sentences
 from sampling.pipeline import load
 from sampling.plan import check_name
 from sampling.streamed import check_format, write_streams
@@ -52,6 +52,7 @@ def run(
     stream: bool = False,
     form: str | None = None,
     max_drift: float | None = None,
+    pause: float | None = None,
     json_file: str | Path | None = None,
     **changes: float | int | None,
 ) -> list[Path]:
@@ -77,6 +78,7 @@ def run(
         stream: Write each recording while it is made.
         form: "wav" or "pcm", for output "-".
         max_drift: See `LongForm`.
+        pause: Its `pause_seconds`; None for the default.
         json_file: Where figures go, with those of drift; None for nowhere.
         changes: Fields of `Controls`; None for the default.
 
@@ -94,7 +96,7 @@ def run(
             raise UserError(f"text and text_file={str(text_file)!r} are two texts; give one of them")
         text = read_text(Path(text_file))
     controls = changed(Controls(), **changes)
-    long_form = LongForm(max_drift=max_drift)
+    long_form = LongForm(max_drift=max_drift, pause_seconds=PAUSE_SECONDS if pause is None else pause)
     to_stdout = check_format(output, form)
     if to_stdout and num_samples > 1:
         raise UserError(f"num_samples={num_samples} recordings can't share standard output; make one, or name a file")

@@ -17,7 +17,8 @@ from sampling.controls import Controls, changed
 from sampling.generate import Drawn, Hear, Request, generate_frames
 from sampling.heard import HeardFeatures
 from sampling.loaded import LoadedModel
-from sampling.longform import Asked, LongForm, LongRun, asked_in_segments
+from sampling.long_run import LongRun
+from sampling.longform import Asked, LongForm, asked_in_segments
 from sampling.monitor import DriftMonitor
 from sampling.plan import Plan
 from sampling.request import Past, RequestBuilder, names_of, told_of
@@ -108,7 +109,7 @@ class AudioModel(LoadedModel):
         frames = generate_frames(self.model, request, self.hear(request))
         steps, interrupted = until_interrupted(frames, keep=keep_interrupted)
         made = self._finished(request, steps, past, controls, speech_ends=text is not None and duration is None)
-        made = replace(made, warnings=(*made.warnings, *long_form.unused))
+        made = replace(made, warnings=(*made.warnings, *long_form.unused()))
         made = as_interrupted(made) if interrupted else made
         if not keep_plan:
             return made
@@ -189,7 +190,7 @@ class AudioModel(LoadedModel):
     ) -> AudioStream:
         """Make one recording and hand it out while it is made; the pieces, joined, equal `generate` to 1e-5.
 
-        Memory stays that of a segment, however long the recording.
+        Memory stays that of a window or a sentence, however long the recording.
 
         Args: as `generate`, and
             chunk_frames: Frames in a piece; the first piece comes after one frame. A prompt is the first piece.
@@ -219,7 +220,7 @@ class AudioModel(LoadedModel):
         request = self.requests.request(text, tags, past, duration, seed, 1, controls)
         frames = generate_frames(self.model, request, self.hear(request))
         whole = request.limits.maximum if text is None else None
-        return self._streamed(frames, past, whole, chunk_frames, monitor, None, long_form.unused)
+        return self._streamed(frames, past, whole, chunk_frames, monitor, None, long_form.unused())
 
     stream = generate_stream
     """The same, for short."""

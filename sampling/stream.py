@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sampling.generate import Drawn
-from sampling.longform import LongRun
+from sampling.long_run import LongRun
 from sampling.monitor import DriftMonitor
 from tokenizer.frames import Source, StreamingDecoder, Tokenizer
 

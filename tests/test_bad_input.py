@@ -145,6 +145,7 @@ def test_what_is_no_audio_is_refused(command: Command, model: Path, tmp_path: Pa
         (["--stream", "--loudness", "-16"], ["loudness=-16", "a stream has not"]),
         (["--max-drift", "0"], ["max_drift=0"]),
         (["--max-drift", "nan"], ["max_drift=nan"]),
+        (["--pause", "-1"], ["pause_seconds=-1"]),
         (["--format", "pcm"], ["format='pcm'", "--output -"]),
         (["--output", "-", "--format", "mp3"], ["format='mp3'", "wav, pcm"]),
         (["--output", "-", "--num-samples", "2"], ["num_samples=2", "standard output"]),

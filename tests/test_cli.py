@@ -39,7 +39,7 @@ CONTRACT = {
         *("--top-k", "--top-p", "--min-p", "--repetition-penalty", "--repetition-window", "--cfg"),
         *("--stop-threshold", "--min-duration", "--loudness", "--device", "--output", "--save-plan"),
         *("--precision", "--compile"),
-        *("--text-file", "--stream", "--format", "--max-drift", "--json"),
+        *("--text-file", "--stream", "--format", "--max-drift", "--pause", "--json"),
     },
     "render": {
         *("plan", "--model", "--seed", "--latent-temperature", "--latent-steps", "--edit", "--device", "--output"),

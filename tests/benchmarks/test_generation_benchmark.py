@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ def test_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generation, "cold_rows", lambda model, repeats: [])  # processes take seconds
     model = save_tiny_model(tmp_path / "model")
     options = ["--model", str(model), "--sizes", "tiny", "--repeats", "1", "--duration", "0.1", "--lengths", "0.2", "2"]
+    options += ["--window", "0.8"]
     assert generation.main([*options, "--json", str(tmp_path / "bench.json")]) == 0
     report = json.loads((tmp_path / "bench.json").read_text())
     rows = {row["name"]: row for row in report["rows"]}
@@ -29,7 +31,24 @@ def test_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "x transformers; " in rows["tiny, 8 steps: fp32"]["beside"]
     assert "x 2 alone" in rows["2 at once"]["beside"]
     short, long = rows["a frame after 0.2 s"], rows["a frame after 2 s"]
-    assert "cache " in short["beside"] and "cache " in long["beside"]
+    assert short["beside"].startswith("1.00x that after 0.2 s; window 0.8 s, cache ") and "cache " in long["beside"]
+    assert long["beside"].startswith(f"{long['value'] / short['value']:.2f}x that after 0.2 s; ")
+
+
+def test_a_long_recording_is_measured_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each length takes its turns from its own place, with the window full but for the shortest."""
+    seen: list[tuple[int, int | None]] = []
+    go_on = generation._go_on
+
+    def spy(loop: Any, frames: int, *, copied: bool = False) -> None:
+        if copied:
+            seen.append((loop.held, loop.window))
+        go_on(loop, frames, copied=copied)
+
+    monkeypatch.setattr(generation, "_go_on", spy)
+    rows = generation.length_rows(tiny_model(stop_bias=-30.0), [0.4, 4.0], 0.8, 2)
+    assert [row.name for row in rows] == ["a frame after 0.4 s", "a frame after 4 s"]
+    assert seen[::2] == [(10, 20)] * 3 and seen[1::2] == [seen[1]] * 3 and 18 <= seen[1][0] <= 20
 
 
 def test_steps_that_differ_from_their_peer_are_refused(

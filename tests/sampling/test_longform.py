@@ -1,4 +1,4 @@
-"""What is made in segments is what one loop makes where everything is carried over, and goes back when it drifts."""
+"""Music of any length is what one loop makes, sentences follow each other, and what drifts goes back."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-import sampling.longform
+import sampling.long_run
 import sampling.pipeline
 from sampling.controls import Controls
-from sampling.generate import Drawn, FrameLoop, Request
+from sampling.generate import Drawn, FrameLoop, Request, generate_frames
 from sampling.longform import LongForm, segment_sentences
 from sampling.monitor import Watch
 from sampling.pipeline import AudioModel
@@ -41,26 +41,26 @@ def recording(frames: int, seed: int = 1) -> torch.Tensor:
 
 
 def requests_of(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
-    """The requests of the segments that are made from here on."""
+    """The requests of the loops that are entered from here on."""
     seen: list[Request] = []
-    loop = sampling.longform.FrameLoop
+    loop = sampling.long_run.FrameLoop
 
     def spy(model: Any, request: Request, hear: Any = None) -> Any:
         seen.append(request)
         return loop(model, request, hear)
 
-    monkeypatch.setattr(sampling.longform, "FrameLoop", spy)
+    monkeypatch.setattr(sampling.long_run, "FrameLoop", spy)
     return seen
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("with_prompt", [False, True])
-def test_segments_that_carry_over_everything_make_what_one_loop_makes(kind: str, with_prompt: bool) -> None:
+def test_until_the_window_is_full_segments_make_what_is_made_at_once(kind: str, with_prompt: bool) -> None:
     model = maker(kind)
     asked: dict[str, Any] = {"tags": ["music"], "duration": 0.88, "seed": 3}
     if with_prompt:
         asked["audio"] = recording(7)
-    long_form = LongForm(segment_seconds=0.24, carry_seconds=8.0, max_drift=1e9)  # 6, 6, 6, 4 frames
+    long_form = LongForm(segment_seconds=0.24, max_drift=1e9)  # 6, 6, 6, 4 frames
     once, segments = model.generate(**asked), model.generate(**asked, long_form=long_form)
     assert torch.equal(segments.frames.codes, once.frames.codes)
     torch.testing.assert_close(segments.frames.latents, once.frames.latents, atol=1e-5, rtol=0)
@@ -75,22 +75,62 @@ def test_segments_that_carry_over_everything_make_what_one_loop_makes(kind: str,
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_window_of_the_last_frames_is_carried_over(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beyond the model's context, with the memory of a segment: each follows exactly the frames before it."""
+def test_music_runs_on_in_one_loop_that_forgets(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the model's longest sequence: nothing is read again, and what it holds is the window."""
     model = maker(kind, max_frames=30)
     seen = requests_of(monkeypatch)
-    made = model.generate(tags=["music"], duration=1.8, seed=3, long_form=LongForm(segment_seconds=0.8))
+    long_form = LongForm(window_seconds=0.48, segment_seconds=0.4)
+    made = model.generate(tags=["music"], duration=1.8, seed=3, long_form=long_form)
     assert made.frames.lengths.tolist() == [45] and made.waveform.shape[-1] == 45 * HOP
-    assert [request.limits.maximum for request in seen] == [20, 20, 5]
-    assert len({tuple(request.prefix) for request in seen}) == 1
-    for number, request in enumerate(seen[1:], start=1):
-        assert request.prompt is not None
-        end = 20 * number
-        assert torch.equal(request.prompt.codes, made.frames.codes[:, :, end - 10 : end])
-        torch.testing.assert_close(request.prompt.latents, made.frames.latents[:, end - 10 : end])
+    (request,) = seen
+    assert (request.limits.minimum, request.limits.maximum) == (45, 45)
+    assert (request.sink_frames, request.window_frames) == (0, 12)
+    drawn = list(generate_frames(model.model, request, model.hear(request)))
+    if kind == "continuous":
+        latents = torch.cat([frame.latents for frame in drawn if frame.latents is not None], dim=1)
+        torch.testing.assert_close(made.frames.latents, latents, atol=1e-5, rtol=0)
+    else:
+        codes = torch.cat([frame.codes for frame in drawn if frame.codes is not None], dim=2)
+        assert torch.equal(made.frames.codes, codes)
+
+
+def test_a_prompt_fills_the_window_and_a_reference_is_never_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(max_frames=30)
+    loops: list[FrameLoop] = []
+    enter = sampling.long_run.LongRun._enter
+
+    def spy(run: Any, request: Request) -> FrameLoop:
+        loops.append(enter(run, request))
+        return loops[-1]
+
+    monkeypatch.setattr(sampling.long_run.LongRun, "_enter", spy)
+    long_form = LongForm(window_seconds=0.48)
+    asked: dict[str, Any] = {"tags": ["music"], "duration": 1.8, "seed": 3, "long_form": long_form}
+    continued = model.generate(audio=recording(20), **asked)
+    assert continued.frames.lengths.tolist() == [65]
+    for frames in (9, 25):
+        assert model.generate(reference=recording(frames), **asked).frames.lengths.tolist() == [45]
+    prefix = [int(loop.sinks[0]) - (loop.request.sink_frames or 0) for loop in loops]
+    assert len(loops) == 3 and len(set(prefix)) == 1
+    settings = [(one.request.context_frames, one.request.sink_frames, one.request.window_frames) for one in loops]
+    assert settings == [(12, 0, 12), (9, 9, 21), (15, 15, 27)]
+    assert all(loop.held <= (loop.window or 0) for loop in loops)
+
+
+@pytest.mark.parametrize("kind", ["hybrid", "heard"])
+def test_it_goes_back_to_the_frames_of_its_first_seconds(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = Watch(window_seconds=0.2, step_seconds=0.12, anchor_seconds=0.4)
+    long_form = LongForm(segment_seconds=0.2, carry_seconds=0.28, max_drift=1e-3, watch=watch)
+    model, seen = maker(kind), requests_of(monkeypatch)
+    made = model.generate(duration=1.6, seed=3, long_form=long_form)
+    assert made.frames.lengths.tolist() == [40] and len(seen) > 2
+    for request in seen[1:]:
+        assert request.prompt is not None and request.reference
+        assert torch.equal(request.prompt.codes, made.frames.codes[:, :, :7])
+        torch.testing.assert_close(request.prompt.latents, made.frames.latents[:, :7])
         assert (request.prompt.features is not None) == (kind == "heard")
         if request.prompt.features is not None:
-            assert request.prompt.features.shape[1] == 10
+            assert request.prompt.features.shape[1] == 7
 
 
 def test_long_rows_are_made_one_after_the_other() -> None:
@@ -113,7 +153,7 @@ def prefix_text(model: AudioModel, request: Request) -> str:
 def test_sentences_follow_the_end_of_the_one_before(reader: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(stop_bias=30.0, max_frames=200, **(READER if reader else {}))
     seen = requests_of(monkeypatch)
-    long_form = LongForm(at_once_seconds=1.0, speech_carry_seconds=0.2)
+    long_form = LongForm(at_once_seconds=1.0, speech_carry_seconds=0.2, pause_seconds=0.0)
     made = model.generate(text=TEXT, seed=3, long_form=long_form)
     lengths = [int(0.03 * size * 25) for size in SIZES]  # ends as soon as it may
     assert made.frames.lengths.tolist() == [sum(lengths)] and made.warnings == ()
@@ -140,7 +180,7 @@ def test_sentences_follow_the_end_of_the_one_before(reader: bool, monkeypatch: p
 def test_a_reference_stays_before_what_is_carried_over(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(stop_bias=30.0, max_frames=200, **READER)
     seen = requests_of(monkeypatch)
-    long_form = LongForm(at_once_seconds=1.0, speech_carry_seconds=0.2)
+    long_form = LongForm(at_once_seconds=1.0, speech_carry_seconds=0.2, pause_seconds=0.0)
     made = model.generate(text=TEXT, reference=recording(9), reference_text="how", seed=3, long_form=long_form)
     encoded = model.requests.encode(recording(9))
     lengths = [int(0.03 * size * 25) for size in SIZES]
@@ -160,6 +200,7 @@ def test_no_click_at_the_joints() -> None:
     """One decoder goes through: the samples are those of all frames, decoded together."""
     model = smooth_model(stop_bias=30.0, max_frames=150)
     made = model.generate(text=TEXT, seed=3, long_form=LongForm(at_once_seconds=1.0))
+    assert made.frames.lengths.tolist() == [sum(int(0.03 * size * 25) for size in SIZES) + 12], "two pauses"
     torch.testing.assert_close(made.waveform, model.tokenizer.decode_latents(made.frames.latents), atol=1e-5, rtol=0)
 
 
@@ -173,6 +214,27 @@ def test_duration_caps_a_text_and_unended_sentences_are_told() -> None:
     assert capped.frames.lengths.tolist() == [160]
     # 2 s and 0.12 s a byte for the first sentence; the second is cut by the duration.
     assert capped.warnings == ("sentence 1 (Good morning, my dear fox.) stopped at its limit of 5.1 s",)
+
+
+@pytest.mark.parametrize("kind", ["discrete", "hybrid"])
+def test_a_pause_is_put_between_sentences(kind: str) -> None:
+    """The voice draws what it draws without; a stream has the same pauses, however it is cut."""
+    model = smooth_model(representation=kind, stop_bias=30.0, max_frames=150)
+    asked: dict[str, Any] = {"text": TEXT, "seed": 3}
+    plain = model.generate(**asked, long_form=LongForm(at_once_seconds=1.0, pause_seconds=0.0))
+    long_form = LongForm(at_once_seconds=1.0, pause_seconds=0.2)
+    made = model.generate(**asked, long_form=long_form)
+    first, second = (int(0.03 * size * 25) for size in SIZES[:2])
+    kept = [*range(first), *range(first + 5, first + 5 + second)]
+    kept += range(first + second + 10, int(made.frames.lengths))
+    assert torch.equal(made.frames.codes[:, :, kept], plain.frames.codes)
+    silence = made.frames.codes[:, :, first : first + 5]
+    assert torch.equal(silence, silence[:, :, :1].expand_as(silence)) and len(kept) == int(plain.frames.lengths)
+    for chunk_frames in (1, 7):
+        pieces = list(model.generate_stream(**asked, long_form=long_form, chunk_frames=chunk_frames))
+        torch.testing.assert_close(torch.cat(pieces, dim=-1), made.waveform, atol=1e-5, rtol=0)
+    capped = model.generate(**asked, duration=(first + 3) / 25, long_form=long_form)
+    assert torch.equal(capped.frames.codes, made.frames.codes[:, :, : first + 3]), "a pause counts"
 
 
 def segmented(*asked: Any, **settings: Any) -> Sequence[str] | None:
@@ -213,7 +275,17 @@ def test_a_limit_on_drift_that_has_no_effect_is_told() -> None:
     assert tiny_model().generate_stream(duration=7.0, long_form=LongForm(max_drift=2.0)).warnings == ()
 
 
-@pytest.mark.parametrize("name", ["segment_seconds", "carry_seconds", "max_drift", "at_once_seconds"])
+def test_a_pause_that_has_no_effect_is_told() -> None:
+    told = ("pause_seconds=0.5 has no effect: this is not read sentence by sentence",)
+    long_form = LongForm(pause_seconds=0.5)
+    for duration in (0.2, 10.1):
+        assert tiny_model().generate_stream(duration=duration, long_form=long_form).warnings == told
+    assert tiny_model().generate_stream(text=f"{TEXT} " * 3, long_form=long_form).warnings == ()
+
+
+@pytest.mark.parametrize(
+    "name", ["window_seconds", "pause_seconds", "segment_seconds", "carry_seconds", "max_drift", "at_once_seconds"]
+)
 def test_bad_settings(name: str) -> None:
     with pytest.raises(UserError, match=f"{name}=-1"):
         LongForm(**{name: -1.0})
@@ -252,7 +324,7 @@ def ramp(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
     """Reports on a model that grows louder by 1 % with every frame it hears."""
     model = tiny_model("continuous")
     watch = Watch(window_seconds=0.4, step_seconds=0.2, anchor_seconds=1.0)
-    monkeypatch.setattr(sampling.longform, "FrameLoop", Ramp)
+    monkeypatch.setattr(sampling.long_run, "FrameLoop", Ramp)
     monkeypatch.setattr(model.tokenizer, "streaming_decoder", lambda *_: LoudnessDecoder())
 
     def run(max_drift: float | None, segment_seconds: float = 1.0) -> dict[str, Any]:
@@ -302,13 +374,13 @@ def test_the_size_of_the_pieces_makes_no_difference_to_re_anchoring() -> None:
 
 
 def test_memory_does_not_grow_with_the_recording(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two hours, nothing is held but a segment and its carry-over."""
+    """Of two hours, nothing is held but the loop."""
     model = tiny_model("continuous")
-    monkeypatch.setattr(sampling.longform, "FrameLoop", Ramp)
-    runs: list[sampling.longform.LongRun] = []
-    plain = sampling.longform.LongRun
+    monkeypatch.setattr(sampling.long_run, "FrameLoop", Ramp)
+    runs: list[sampling.long_run.LongRun] = []
+    plain = sampling.long_run.LongRun
 
-    def spy(*args: Any) -> sampling.longform.LongRun:
+    def spy(*args: Any) -> sampling.long_run.LongRun:
         runs.append(plain(*args))
         return runs[-1]
 
@@ -317,6 +389,6 @@ def test_memory_does_not_grow_with_the_recording(monkeypatch: pytest.MonkeyPatch
     pieces: Iterator[torch.Tensor] = model.generate_stream(duration=60.0, chunk_frames=250)
     for _ in range(5):
         next(pieces)
-    tail = runs[0]._tail
-    assert tail is not None and tail.frames.latents.shape[1] <= runs[0].carry == 100
-    assert tail.frames.latents.untyped_storage().nbytes() <= 4 * 8 * 250, "a view would keep what it was cut from"
+    run = runs[0]
+    assert run.drawn == 600 and run._tail is run._anchor is None
+    assert not run._ending and not run._features and run._loop is not None
