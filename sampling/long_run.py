@@ -228,13 +228,15 @@ class LongRun:
     def _on_and_on(self, request: Request, carried: Carried | None, left: int) -> Request:
         """The same for all that is left: what falls out of the window is forgotten, but for a reference."""
         given, followed = self.asked.past, 0 if carried is None else carried.frames.latents.shape[1]
-        kept = min(given.frames.latents.shape[1], self._most // 2) if given is not None and given.reference else 0
+        room = self._most - min(self.window, self._most // 2)
+        kept = min(given.frames.latents.shape[1], room) if given is not None and given.reference else 0
+        window = min(kept + self.window, self._most)
         return replace(
             request,
             limits=Limits(minimum=left, maximum=left),
-            context_frames=max(1, kept + followed) if kept else self.window,
+            context_frames=min(kept + followed, window) if kept else window,
             sink_frames=kept,
-            window_frames=min(kept + self.window, self._most),
+            window_frames=window,
         )
 
     def _past(self, carried: Carried | None, room: int) -> Past | None:

@@ -35,7 +35,7 @@ class LongForm:
     speech_carry_seconds: float = 0.4
     """Of the sentence before, which the next one follows."""
     pause_seconds: float = PAUSE_SECONDS
-    """Least quiet between two sentences; where the voice leaves less, silence is put in."""
+    """Least quiet between two sentences, to half a frame; what the voice leaves out is silence."""
     at_once_seconds: float = 12.0
     """A text of several sentences is read sentence by sentence where a reader takes longer than this for it."""
     sentence_seconds: float = 20.0

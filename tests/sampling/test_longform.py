@@ -113,7 +113,7 @@ def test_a_prompt_fills_the_window_and_a_reference_is_never_forgotten(monkeypatc
     prefix = [int(loop.sinks[0]) - (loop.request.sink_frames or 0) for loop in loops]
     assert len(loops) == 3 and len(set(prefix)) == 1
     settings = [(one.request.context_frames, one.request.sink_frames, one.request.window_frames) for one in loops]
-    assert settings == [(12, 0, 12), (9, 9, 21), (15, 15, 27)]
+    assert settings == [(12, 0, 12), (9, 9, 21), (18, 18, 30)]
     assert all(loop.held <= (loop.window or 0) for loop in loops)
 
 
