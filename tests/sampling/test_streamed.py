@@ -132,7 +132,10 @@ def test_long_text_of_a_file_and_long_music_are_written_in_segments(command: Com
     text.write_text("\ufeffGood morning to you. The fox is quick!\n\n„Wie geht es dir?“ fragte sie.")
     result = command("generate", "--model", model, "--text-file", text, "--output", output)
     assert result.status == 0, result.err
-    # Three sentences, which this model ends as soon as it may, at 0.03 s a byte.
+    # Three sentences, which this model ends as soon as it may, at 0.03 s a byte; and two pauses.
+    assert soundfile.info(output).frames == 960 * (15 + 6 + 12 + 6 + 25)
+    result = command("generate", "--model", model, "--text-file", text, "--output", output, "--pause", "0")
+    assert result.status == 0, result.err
     assert soundfile.info(output).frames == 960 * (15 + 12 + 25)
     result = command("generate", "--model", model, "--duration", 5, "--output", output, "--json", tmp_path / "a.json")
     assert result.status == 0, result.err
