@@ -254,7 +254,7 @@ def settings_of(recipe: Recipe, run: Run, steps: int) -> dict[str, Any]:
         device=recipe.device,
         threads=recipe.threads,
     )
-    scored = {
+    scored: dict[str, Any] = {
         "caches": test,
         "split": recipe.score,
         "validation_fraction": fraction if recipe.score == "validation" else 0.0,
