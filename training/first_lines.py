@@ -47,13 +47,19 @@ def note_on_resume(found: Found, config: RunConfig, processes: int) -> str:
 
 
 def notes_on_data(task: Task, backend: Replicas) -> list[str]:
-    """What is mixed and how it is packed, where a task mixes caches or packs windows."""
+    """What is mixed and how it is packed, where a task mixes caches or packs windows; and what a new model lacks."""
     from training.language_task import LanguageTask  # imported here: other tasks need none of it
 
     if not isinstance(task, LanguageTask):
         return []
     data, model = task.config.data, task.model
     lines = task.train_data.mixture(min(data.max_frames, model.config.max_frames)) if data.weights else []
+    codes_dim, latent_dim = model.config.code_embedding_dim, model.config.latent_dim
+    if task.untrained and model.config.uses_codes and codes_dim < latent_dim:
+        lines.append(
+            f"warning: code embeddings start at random, not as the codec's codebooks, which take a model some hundred "
+            f"steps less: code_embedding_dim={codes_dim} is below the tokenizer's latent_dim={latent_dim}"
+        )
     if data.pack_frames is not None:
         attention = model.decoder.layers[0].attention
         kernel = attention.packed_kernel(backend.device.type, backend.dtype or torch.float32)

@@ -107,6 +107,8 @@ class LanguageTask:
         sampler: Sampler | None = None,
     ) -> None:
         self.config, self._sampler = config, sampler
+        self.untrained = start is None
+        """Whether the model is a new one."""
         if start is not None:
             self.tokenizer = start.tokenizer
         else:

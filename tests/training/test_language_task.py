@@ -182,6 +182,22 @@ def test_code_vectors_are_the_codebooks(folders: dict[str, str], tmp_path: Path)
     torch.testing.assert_close(codebook_vectors(tokenizer), tokenizer.quantizer.codebooks, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("model", "warned"),
+    [
+        ({"code_embedding_dim": 3}, True),
+        ({}, False),
+        ({"code_embedding_dim": 3, "representation": "continuous"}, False),
+    ],
+)
+def test_a_new_model_without_the_codebooks_is_warned_of(
+    folders: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], model: dict[str, Any], warned: bool
+) -> None:
+    run(folders, tmp_path / "run", steps=1, model=model)
+    told = "warning: code embeddings start at random, not as the codec's codebooks"
+    assert (told in capsys.readouterr().err) is warned
+
+
 def test_a_run_resumes_exactly_and_leaves_a_model(folders: dict[str, str], tmp_path: Path) -> None:
     dropout = {"dropout": 0.2}
     run(folders, tmp_path / "whole", steps=6, model=dropout)
