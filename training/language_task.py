@@ -98,6 +98,9 @@ class LanguageTask:
         UserError: settings, caches or texts that do not fit together.
     """
 
+    untrained = False
+    """Whether the model is a new one, from its settings alone."""
+
     def __init__(
         self,
         config: LanguageTaskConfig,
@@ -108,7 +111,6 @@ class LanguageTask:
     ) -> None:
         self.config, self._sampler = config, sampler
         self.untrained = start is None
-        """Whether the model is a new one."""
         if start is not None:
             self.tokenizer = start.tokenizer
         else:
