@@ -74,7 +74,7 @@ def test_models_of_a_size_agree() -> None:
     assert list(counts) == ["2M", "8M", "30M"]
     for size, found in counts.items():
         assert max(found) < 1.01 * min(found)
-        assert found[0] == pytest.approx(float(size[:-1]) * 1e6, rel=0.1)
+        assert found[0] == pytest.approx(float(size[:-1]) * 1e6, rel=0.2)
 
 
 @pytest.mark.parametrize("path", LAUNCHES, ids=lambda path: path.stem)
