@@ -21,7 +21,6 @@ Intervals are 95 % bootstraps of the ratio to the most steps over clips.
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -33,6 +32,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from benchmarks.codec_quality import finite
 from benchmarks.drift import choose
 from benchmarks.drift_measure import Continuation, Span, forced_continuations, free_running, span_of
 from sampling.bench import in_turns
@@ -44,6 +44,7 @@ from tokenizer.files import replacing
 from tokenizer.metrics import log_mel
 from training.examples import clip_seed
 from training.machine import machine
+from training.probe import write_json
 
 MIXTURE = "mixture"
 TEACHER, FREE = "teacher-forced", "free-running"
@@ -281,8 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 path.write_text(text, encoding="utf-8")
         if options.json:
             about = {"command": command, "machine": machine("fp32"), "clips": list(clips), "problems": problems}
-            with replacing(options.json) as path:
-                path.write_text(json.dumps({**about, **result}, indent=1) + "\n", encoding="utf-8")
+            write_json(options.json, finite({**about, **result}))
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
