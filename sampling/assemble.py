@@ -14,6 +14,8 @@ from sampling.loudness import TRUE_PEAK_LIMIT_DB, gain_to
 from sampling.plan import Plan
 from tokenizer.frames import AudioFrames, Source, Tokenizer
 
+PIECE_FRAMES = 250
+"""Decoded together; so memory does not grow with a recording by more than its samples."""
 SILENT_PEAK = 1e-3
 """Below -60 dB of full scale, what is new in a recording is called silent."""
 
@@ -169,8 +171,17 @@ def _decode(tokenizer: Tokenizer, source: Source, frames: AudioFrames) -> Float[
     waveform = torch.zeros(len(lengths), 1, int(lengths.max()))
     for row, count in enumerate(frames.lengths.tolist()):
         if source == "latents":
-            samples = tokenizer.decode_latents(frames.latents[row : row + 1, :count])
+            stream, time, decode = frames.latents[row : row + 1, :count], 1, tokenizer.decode_latents
         else:
-            samples = tokenizer.decode_codes(frames.codes[row : row + 1, :, :count])
-        waveform[row, :, : samples.shape[-1]] = samples[0].float().cpu()
+            stream, time, decode = frames.codes[row : row + 1, :, :count], 2, tokenizer.decode_codes
+        if count <= PIECE_FRAMES:
+            samples = decode(stream)
+            waveform[row, :, : samples.shape[-1]] = samples[0].float().cpu()
+            continue
+        decoder, begin = tokenizer.streaming_decoder(1, source), 0
+        for part in (*stream.split(PIECE_FRAMES, dim=time), None):
+            samples = decoder.flush() if part is None else decoder.push(part)
+            end = begin + samples.shape[-1]
+            waveform[row, :, begin:end] = samples[0].float().cpu()
+            begin = end
     return waveform

@@ -77,7 +77,7 @@ class AudioModel(LoadedModel):
             audio: A recording to continue: a file, or samples at `sample_rate_hz`. The result begins with it, or with
                 its last minute if it is longer.
             duration: Seconds of new audio; exactly so many without text, at most so many with text.
-            num_samples: How many to make; at once, but for long ones.
+            num_samples: How many to make; at once, but for what is read sentence by sentence or re-anchored.
             seed: Row i is drawn with `seed + i`, and is the same alone, in a batch or streamed.
             temperature, top_k, top_p, cfg: Override those of `controls`.
             controls: See `Controls`; its defaults where None.
@@ -101,15 +101,22 @@ class AudioModel(LoadedModel):
             raise UserError("a continuous model draws no codes, so it has no plan to save; leave it out")
         long_form = long_form or LongForm()
         asked = asked_in_segments(self.requests, text, tags, past, duration, seed, controls, long_form)
-        if asked is not None:
+        if asked is not None and (asked.sentences is not None or long_form.max_drift is not None):
             if keep_plan:
-                raise UserError("what is made in segments has no plan to save; leave it out, or ask for less at once")
+                raise UserError(
+                    "what is read sentence by sentence or re-anchored has no plan to save; leave it out, or ask for "
+                    "less text, or without max_drift"
+                )
             return self._in_segments(asked, num_samples, long_form, keep_interrupted)
-        request = self.requests.request(text, tags, past, duration, seed, num_samples, controls)
+        if asked is not None:
+            one = LongRun(self.requests, self.hear, asked, long_form).first
+            request = replace(one, seeds=tuple(seed + row for row in range(num_samples)))
+        else:
+            request = self.requests.request(text, tags, past, duration, seed, num_samples, controls)
         frames = generate_frames(self.model, request, self.hear(request))
         steps, interrupted = until_interrupted(frames, keep=keep_interrupted)
         made = self._finished(request, steps, past, controls, speech_ends=text is not None and duration is None)
-        made = replace(made, warnings=(*made.warnings, *long_form.unused()))
+        made = replace(made, warnings=(*made.warnings, *long_form.unused(in_segments=asked is not None)))
         made = as_interrupted(made) if interrupted else made
         if not keep_plan:
             return made

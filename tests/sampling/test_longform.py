@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import sampling.assemble
 import sampling.long_run
 import sampling.pipeline
 from sampling.controls import Controls
@@ -77,12 +78,16 @@ def test_until_the_window_is_full_segments_make_what_is_made_at_once(kind: str, 
 @pytest.mark.parametrize("kind", KINDS)
 def test_music_runs_on_in_one_loop_that_forgets(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond the model's longest sequence: nothing is read again, and what it holds is the window."""
+    monkeypatch.setattr(sampling.assemble, "PIECE_FRAMES", 16)
     model = maker(kind, max_frames=30)
     seen = requests_of(monkeypatch)
-    long_form = LongForm(window_seconds=0.48, segment_seconds=0.4)
-    made = model.generate(tags=["music"], duration=1.8, seed=3, long_form=long_form)
-    assert made.frames.lengths.tolist() == [45] and made.waveform.shape[-1] == 45 * HOP
+    asked: dict[str, Any] = {"tags": ["music"], "duration": 1.8, "seed": 3}
+    asked["long_form"] = LongForm(window_seconds=0.48, segment_seconds=0.4)
+    streamed = torch.cat(list(model.generate_stream(**asked)), dim=-1)
     (request,) = seen
+    made = model.generate(**asked)
+    assert made.frames.lengths.tolist() == [45] and made.waveform.shape[-1] == 45 * HOP
+    torch.testing.assert_close(streamed, made.waveform, atol=1e-5, rtol=0)
     assert (request.limits.minimum, request.limits.maximum) == (45, 45)
     assert (request.sink_frames, request.window_frames) == (0, 12)
     drawn = list(generate_frames(model.model, request, model.hear(request)))
@@ -106,10 +111,9 @@ def test_a_prompt_fills_the_window_and_a_reference_is_never_forgotten(monkeypatc
     monkeypatch.setattr(sampling.long_run.LongRun, "_enter", spy)
     long_form = LongForm(window_seconds=0.48)
     asked: dict[str, Any] = {"tags": ["music"], "duration": 1.8, "seed": 3, "long_form": long_form}
-    continued = model.generate(audio=recording(20), **asked)
-    assert continued.frames.lengths.tolist() == [65]
-    for frames in (9, 25):
-        assert model.generate(reference=recording(frames), **asked).frames.lengths.tolist() == [45]
+    for given, frames in (({"audio": recording(20)}, 65), ({"reference": recording(9)}, 45)):
+        assert sum(piece.shape[-1] for piece in model.generate_stream(**given, **asked)) == frames * HOP
+    assert sum(piece.shape[-1] for piece in model.generate_stream(reference=recording(25), **asked)) == 45 * HOP
     prefix = [int(loop.sinks[0]) - (loop.request.sink_frames or 0) for loop in loops]
     assert len(loops) == 3 and len(set(prefix)) == 1
     settings = [(one.request.context_frames, one.request.sink_frames, one.request.window_frames) for one in loops]
@@ -133,8 +137,10 @@ def test_it_goes_back_to_the_frames_of_its_first_seconds(kind: str, monkeypatch:
             assert request.prompt.features.shape[1] == 7
 
 
-def test_long_rows_are_made_one_after_the_other() -> None:
-    model, long_form = tiny_model(max_frames=30), LongForm(segment_seconds=0.8)
+@pytest.mark.parametrize("max_drift", [None, 1e9])
+def test_long_rows_are_those_that_are_made_alone(max_drift: float | None) -> None:
+    """At once, or one after the other where each may go back to its beginning."""
+    model, long_form = tiny_model(max_frames=30), LongForm(segment_seconds=0.8, max_drift=max_drift)
     rows = model.generate(duration=1.6, seed=3, num_samples=2, long_form=long_form, controls=Controls(loudness=-30.0))
     plain = [model.generate(duration=1.6, seed=seed, long_form=long_form) for seed in (3, 4)]
     assert rows.seconds_made == 3.2 and rows.lengths.tolist() == [40 * HOP] * 2
@@ -257,7 +263,8 @@ def test_what_is_made_in_segments() -> None:
     [
         ({"text": f"{TEXT} " * 3, "audio": recording(5)}, "give the recording as the reference"),
         ({"text": f"{TEXT} " * 3, "controls": Controls(min_duration=1.0)}, "min_duration=1.0 s"),
-        ({"duration": 11.0, "keep_plan": True}, "no plan to save"),
+        ({"duration": 11.0, "keep_plan": True, "long_form": LongForm(max_drift=2.0)}, "no plan to save"),
+        ({"text": f"{TEXT} " * 3, "keep_plan": True}, "no plan to save"),
         ({"duration": 1e6}, "at most 86400 s"),
         ({"text": "hm", "duration": float("nan")}, "duration=nan"),
         ({"tags": ["musik"], "duration": 20.0}, "unknown tag 'musik'"),

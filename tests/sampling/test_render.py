@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+import sampling.assemble
 from sampling.assemble import GeneratedAudio
 from sampling.controls import Controls
 from sampling.generate import Limits, generate_frames
+from sampling.longform import LongForm
 from sampling.loudness import loudness_lufs
 from sampling.pipeline import AudioModel
 from sampling.plan import Plan
@@ -75,6 +77,28 @@ def test_a_plan_gives_the_same_samples_from_its_file(kind: str, asked: dict[str,
     for row, length in enumerate(made.frames.lengths.tolist()):
         assert torch.equal(again.frames.codes[row, :, :length], made.frames.codes[row, :, :length])
         assert torch.equal(again.frames.latents[row, :length], made.frames.latents[row, :length])
+
+
+@pytest.mark.parametrize("kind", ["discrete", "hybrid", "heard"])
+def test_long_music_has_a_plan_and_spans(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Longer than the model's longest sequence, decoded in pieces; what it had forgotten, it forgets again."""
+    monkeypatch.setattr(sampling.assemble, "PIECE_FRAMES", 16)
+    representation, settings = KINDS[kind]
+    if kind == "heard":
+        settings = {**settings, "tokenizer": tiny_tokenizer().with_log_mel(num_mels=12)}
+    model = tiny_model(representation, max_frames=30, **settings)
+    asked: dict[str, Any] = {"tags": ["music"], "duration": 1.8, "seed": 3, "num_samples": 2}
+    made = model.generate(**asked, keep_plan=True, long_form=LongForm(window_seconds=0.48))
+    assert made.plan is not None and made.plan.request.window_frames == 12
+    made.plan.save(tmp_path / "plan.safetensors")
+    plan = Plan.load(tmp_path / "plan.safetensors")
+    assert torch.equal(render(model, plan).waveform, made.waveform)
+    edited = render(model, plan, seed=100, edit=(1.2, 1.4))
+    assert not torch.equal(edited.frames.codes, made.frames.codes)
+    outside = [t for t in range(45) if not 30 <= t < 35]
+    assert torch.equal(edited.frames.codes[:, :, outside], made.frames.codes[:, :, outside])
+    assert torch.equal(edited.waveform[..., : 30 * HOP - FADE], made.waveform[..., : 30 * HOP - FADE])
+    assert torch.equal(edited.waveform[..., 35 * HOP + FADE :], made.waveform[..., 35 * HOP + FADE :])
 
 
 @pytest.mark.parametrize("kind", ["hybrid", "reader", "flow", "heard"])
