@@ -83,7 +83,10 @@ def run(
     if adapter_names(found.model) and found.base is not None:
         base = load_model(model if adapter is not None else found.base.name, device)
     verdicts: list[Verdict] = []
-    with tempfile.TemporaryDirectory(prefix="hybridlm-doctor-") as scratch:
+    with (
+        tempfile.TemporaryDirectory(prefix="hybridlm-doctor-") as scratch,
+        console.status("looking at the recordings, then at the model on some of them"),  # on a terminal
+    ):
         for verdict in _examine(rows, found, base, num_clips, Path(scratch), sampler):
             verdicts.append(verdict)
             console.print(verdict.line(), markup=False, highlight=False, soft_wrap=True)
