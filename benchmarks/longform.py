@@ -1,7 +1,8 @@
 """Long recordings: how music and read text drift over minutes, with and without the drift monitor.
 
-    python -m benchmarks.longform TEXT.txt [--model box] [--minutes 10] [--max-drift 2] [--seeds 1] [--tag music]
-        [--output runs/longform] [--markdown FILE] [--json FILE] [--picture PNG]
+    python -m benchmarks.longform TEXT.txt [--model box] [--minutes 10] [--max-drift 8] [--seeds 1] [--tag music]
+        [--real MUSIC [--where LABEL=VALUE ...] [--split train]] [--output runs/longform] [--markdown FILE]
+        [--json FILE] [--picture PNG]
 
 Of each seed four recordings are made, the first two of which differ from the others in nothing but re-anchoring
 (`hybridlm generate --max-drift`): music by its tag, and the text read sentence by sentence, as far as it goes, each
@@ -10,8 +11,10 @@ so that the same command goes on where it was interrupted.
 
 Measured is every window of --window seconds, a second apart, against those of the first --anchor seconds
 (`sampling.monitor`), in widths of the bands that these have. Tables give the mean over the windows of each minute;
-windows that lie in the first seconds are not counted. Re-anchoring is by the same figures, so that what it gains in
-them is no proof that a listener gains: listen, too.
+windows that lie in the first seconds are not counted. With --real, the first minute of recordings of MUSIC is measured
+in the same way: a limit on drift that real music passes all the time would break off what is as it should be.
+
+Re-anchoring is by the same figures, so that what it gains in them is no proof that a listener gains: listen, too.
 """
 
 from __future__ import annotations
@@ -28,10 +31,11 @@ from typing import Any
 
 from rich.console import Console
 
+from benchmarks.drift import choose
 from sampling.files import check_writable
 from sampling.growing import GrowingFile
-from sampling.longform import LongForm
-from sampling.monitor import FLOORS, Watch
+from sampling.longform import MUSIC_MAX_DRIFT, LongForm
+from sampling.monitor import FLOORS, DriftMonitor, Watch
 from sampling.pipeline import AudioModel, load
 from sampling.progress import RecordingMeter
 from tokenizer.errors import UserError
@@ -40,6 +44,7 @@ from training.machine import machine
 from training.probe import write_json
 
 KINDS = ("music", "text")
+REAL_SECONDS, REAL_CLIPS = 60.0, 24
 NEVER = 1e9
 """Bands: made like the others, and never re-anchored."""
 
@@ -77,6 +82,26 @@ def make(model: AudioModel, name: str, asked: Mapping[str, Any], long_form: Long
     return made
 
 
+def measure_real(model: AudioModel, options: argparse.Namespace, watch: Watch) -> list[dict[str, Any]]:
+    """The windows of each of the recordings, a minute of everyone."""
+    recordings, problems = choose(
+        options.real, options.split, options.where, REAL_SECONDS, REAL_CLIPS, model.sample_rate_hz
+    )
+    for problem in problems:
+        print(f"skipped: {problem}", file=sys.stderr)
+    found = []
+    for key, waveform in recordings.items():
+        monitor, frames = DriftMonitor(model.tokenizer, watch), model.tokenizer.encode(waveform[None])
+        monitor.see_prompt(frames, codes=model.model.config.uses_codes, latents=model.model.config.predicts_latents)
+        monitor.hear(waveform[None])
+        found.append({"clip": key, **monitor.report()})
+    return found
+
+
+def _largest(windows: Sequence[Mapping[str, float]]) -> list[float]:
+    return [max(abs(value) for key, value in window.items() if key != "at_s") for window in windows]
+
+
 def by_minute(windows: Sequence[Mapping[str, float]], measure: str | None) -> list[float | None]:
     """Mean size of a measure's drift in each minute, or (None) of the measure that is farthest off in each window."""
     minutes: list[list[float]] = []
@@ -88,7 +113,9 @@ def by_minute(windows: Sequence[Mapping[str, float]], measure: str | None) -> li
     return [sum(values) / len(values) if values else None for values in minutes]
 
 
-def report(runs: Mapping[str, dict[str, Any]], options: argparse.Namespace, command: str) -> tuple[str, dict[str, Any]]:
+def report(
+    runs: Mapping[str, dict[str, Any]], real: Sequence[dict[str, Any]], options: argparse.Namespace, command: str
+) -> tuple[str, dict[str, Any]]:
     """Markdown and figures."""
     lines = [
         "# Long recordings",
@@ -102,7 +129,7 @@ def report(runs: Mapping[str, dict[str, Any]], options: argparse.Namespace, comm
     summary: dict[str, Any] = {}
     for name, run in runs.items():
         windows = run["drift"]["windows"]
-        largest = [max(abs(value) for key, value in window.items() if key != "at_s") for window in windows]
+        largest = _largest(windows)
         measures = [name for name in FLOORS if windows and name in windows[0]]
         summary[name] = {
             "seconds": run["seconds"],
@@ -125,8 +152,19 @@ def report(runs: Mapping[str, dict[str, Any]], options: argparse.Namespace, comm
         known = {measure: [v for v in values if v is not None] for measure, values in one["measures"].items()}
         cells = [f"{known[m][0]:.1f} / {known[m][-1]:.1f}" if known.get(m) else "-" for m in FLOORS]
         lines.append(_row([name, *cells]))
+    if real:
+        pooled = sorted(value for one in real for value in _largest(one["windows"]))
+        outside = sum(value > options.max_drift for value in pooled) / len(pooled)
+        summary["real"] = {"recordings": len(real), "windows": len(pooled), "share_outside": outside}
+        summary["real"] |= {f"quantile_{q}": pooled[len(pooled) * q // 100] for q in (50, 75, 90, 95)}
+        told = ", ".join(f"{q} % {summary['real'][f'quantile_{q}']:.1f}" for q in (50, 75, 90, 95))
+        lines += [
+            "",
+            f"Real recordings, {len(real)} of {REAL_SECONDS:g} s: {100 * outside:.0f} % of windows outside; quantiles "
+            f"of the measure that is farthest off: {told}.",
+        ]
     lines += ["", f"{machine('fp32')}."]
-    return "\n".join(lines) + "\n", {"command": command, "runs": dict(runs), "summary": summary}
+    return "\n".join(lines) + "\n", {"command": command, "runs": dict(runs), "real": list(real), "summary": summary}
 
 
 def _row(cells: Sequence[str]) -> str:
@@ -148,8 +186,7 @@ def write_picture(path: Path, runs: Mapping[str, dict[str, Any]], max_drift: flo
                 continue
             windows = run["drift"]["windows"]
             times = [window["at_s"] / 60 for window in windows]
-            values = [max(abs(value) for key, value in window.items() if key != "at_s") for window in windows]
-            (line,) = axes.plot(times, values, linewidth=0.8, label=name)
+            (line,) = axes.plot(times, _largest(windows), linewidth=0.8, label=name)
             for anchored in run["re_anchorings"]:
                 axes.plot(anchored["at_s"] / 60, max_drift, "v", color=line.get_color(), markersize=4)
         axes.axhline(max_drift, color="grey", linewidth=0.8, linestyle="--")
@@ -165,15 +202,19 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("text", type=Path, metavar="TEXT", help="a file of text to read")
     parser.add_argument("--model", default="box")
     parser.add_argument("--minutes", type=float, default=10.0, help="length of each recording; of the text, at most")
-    parser.add_argument("--max-drift", type=float, default=2.0, help="band widths, as of `hybridlm generate`")
+    parser.add_argument("--max-drift", type=float, default=MUSIC_MAX_DRIFT, help="band widths; as of `generate`")
     parser.add_argument("--tag", default="music", help="of the music")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0, help="the first")
     parser.add_argument("--window", type=float, default=3.0, metavar="S", help="seconds of a window")
     parser.add_argument("--anchor", type=float, default=10.0, metavar="S", help="the first seconds")
     parser.add_argument(
-        "--segment", type=float, default=6.0, metavar="S", help="of music between two checks, and re-read"
+        "--segment", type=float, default=LongForm().segment_seconds, metavar="S", help="of music between two checks"
     )
+    parser.add_argument("--carry", type=float, default=LongForm().carry_seconds, metavar="S", help="re-read then")
+    parser.add_argument("--real", type=Path, metavar="MUSIC", help="a folder or manifest of real recordings")
+    parser.add_argument("--where", action="append", default=[], metavar="LABEL=VALUE", help="of the real ones")
+    parser.add_argument("--split", default="train", help="of the real ones")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, default=Path("runs/longform"), metavar="DIR")
     parser.add_argument("--json", type=Path, help="write all figures here")
@@ -198,15 +239,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, kind, held, seed in names(options):
             long_form = LongForm(
                 segment_seconds=options.segment,
-                carry_seconds=options.segment,
+                carry_seconds=options.carry,
                 max_drift=options.max_drift if held else NEVER,
                 watch=watch,
             )
             what = {"tags": [options.tag]} if kind == "music" else {"text": text}
             asked = {**what, "duration": 60.0 * options.minutes, "seed": seed}
             runs[name] = make(model, name, asked, long_form, options.output)
+        real = [] if options.real is None else measure_real(model, options, watch)
         command = ["python", "-m", "benchmarks.longform", *(sys.argv[1:] if arguments is None else arguments)]
-        written, figures = report(runs, options, shlex.join(command))
+        written, figures = report(runs, real, options, shlex.join(command))
         print(written)
         if options.markdown:
             with replacing(options.markdown) as path:

@@ -110,7 +110,10 @@ def generate(
     ] = None,
     max_drift: Annotated[
         float | None,
-        typer.Option(metavar="X", help="Re-anchor when the sound is X band widths off its first seconds; 2, say."),
+        typer.Option(
+            metavar="X",
+            help="Re-anchor when the sound is X band widths off its first seconds; inf: never.",
+        ),
     ] = None,
     pause: Annotated[
         float | None,

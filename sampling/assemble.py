@@ -18,6 +18,8 @@ PIECE_FRAMES = 250
 """Decoded together; so memory does not grow with a recording by more than its samples."""
 SILENT_PEAK = 1e-3
 """Below -60 dB of full scale, what is new in a recording is called silent."""
+SILENT_END_SECONDS = 3.0
+"""A longer silence at the end is told."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,11 +69,18 @@ def assemble(
     lengths = frames.lengths * tokenizer.hop_length
     if waveform is None:
         waveform = _decode(tokenizer, source, frames)
-    new, seed = (made * tokenizer.hop_length).tolist(), request.seeds[0]
-    peaks = [
-        float(row[0, max(0, length - count) : length].abs().max())
-        for row, length, count in zip(waveform, lengths.tolist(), new, strict=True)
-    ]
+    seed, told = request.seeds[0], []
+    for number, (row, length, count) in enumerate(zip(waveform, lengths.tolist(), made.tolist(), strict=True)):
+        start = max(0, length - count * tokenizer.hop_length)
+        loud = (row[0, start:length].abs() >= SILENT_PEAK).nonzero()
+        end_s = (start + int(loud[-1]) + 1 if len(loud) else start) / tokenizer.sample_rate_hz
+        if not len(loud):
+            told.append(f"seed {seed + number}: silent; use another seed")
+        elif length / tokenizer.sample_rate_hz - end_s > SILENT_END_SECONDS:
+            told.append(
+                f"seed {seed + number}: silent from {end_s:.1f} s on; use another seed, or max_drift=8, which goes "
+                "back to the first seconds"
+            )
     return GeneratedAudio(
         waveform=waveform,
         sample_rate_hz=tokenizer.sample_rate_hz,
@@ -79,9 +88,7 @@ def assemble(
         frames=frames,
         seed=seed,
         seconds_made=int(made.sum()) / tokenizer.frame_rate_hz,
-        warnings=tuple(
-            f"seed {seed + row}: silent; use another seed" for row, peak in enumerate(peaks) if peak < SILENT_PEAK
-        ),
+        warnings=tuple(told),
     )
 
 
@@ -171,17 +178,14 @@ def _decode(tokenizer: Tokenizer, source: Source, frames: AudioFrames) -> Float[
     waveform = torch.zeros(len(lengths), 1, int(lengths.max()))
     for row, count in enumerate(frames.lengths.tolist()):
         if source == "latents":
-            stream, time, decode = frames.latents[row : row + 1, :count], 1, tokenizer.decode_latents
+            stream, time = frames.latents[row : row + 1, :count], 1
         else:
-            stream, time, decode = frames.codes[row : row + 1, :, :count], 2, tokenizer.decode_codes
+            stream, time = frames.codes[row : row + 1, :, :count], 2
         if count <= PIECE_FRAMES:
-            samples = decode(stream)
-            waveform[row, :, : samples.shape[-1]] = samples[0].float().cpu()
-            continue
-        decoder, begin = tokenizer.streaming_decoder(1, source), 0
-        for part in (*stream.split(PIECE_FRAMES, dim=time), None):
-            samples = decoder.flush() if part is None else decoder.push(part)
-            end = begin + samples.shape[-1]
-            waveform[row, :, begin:end] = samples[0].float().cpu()
-            begin = end
+            pieces = [tokenizer.decode_latents(stream) if source == "latents" else tokenizer.decode_codes(stream)]
+        else:
+            decoder = tokenizer.streaming_decoder(1, source)
+            pieces = [*map(decoder.push, stream.split(PIECE_FRAMES, dim=time)), decoder.flush()]
+        samples = torch.cat(pieces, dim=-1)[0].float().cpu()
+        waveform[row, :, : samples.shape[-1]] = samples
     return waveform

@@ -56,7 +56,7 @@ class LongRun:
         hear: Gives the features of drawn frames for a request, for a model that reads such (`AudioModel.hear`).
         asked: See `Asked`.
         long_form: See `LongForm`.
-        monitor: Hears what is made; needed to re-anchor.
+        monitor: Hears what is made; without one, nothing is re-anchored.
 
     Raises:
         UserError: for a request that makes no sense.
@@ -70,8 +70,8 @@ class LongRun:
         long_form: LongForm,
         monitor: DriftMonitor | None = None,
     ) -> None:
-        if long_form.max_drift is not None and monitor is None:
-            raise ValueError("max_drift needs a monitor")
+        self._limit = None if monitor is None else long_form.limit(reads=asked.sentences is not None)
+        """Widths of the bands beyond which it goes back."""
         if asked.sentences is not None and asked.past is not None and not asked.past.reference:
             raise UserError("a text of several sentences can't go on with audio; give the recording as the reference")
         if asked.sentences is not None and asked.controls.min_duration is not None:
@@ -109,7 +109,7 @@ class LongRun:
         self._segment_number = 0
         self.drawn = 0
         """Frames so far."""
-        self.warnings: list[str] = [] if reads else list(long_form.unused(in_segments=True))
+        self._told: list[str] = [] if reads else list(long_form.unused(in_segments=True))
         self.re_anchorings: list[dict[str, Any]] = []
 
     @property
@@ -118,6 +118,19 @@ class LongRun:
         of_frames = 0.0 if self.asked.frames is None else self.drawn / self.asked.frames
         sizes = [len(one) for one in self.asked.sentences or ()]
         return max(of_frames, sum(sizes[: self._segment_number]) / sum(sizes) if sizes else 0.0)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a listener should know."""
+        if not self.re_anchorings:
+            return self._told
+        first, limit = self.re_anchorings[0], self._limit
+        more = "" if len(self.re_anchorings) == 1 else f" and {len(self.re_anchorings) - 1} more times"
+        return [
+            *self._told,
+            f"went back to its first seconds at {first['at_s']:.0f} s{more}, for it had left them by more than "
+            f"max_drift={limit:g} band widths",
+        ]
 
     def frames(self) -> Iterator[Drawn | None]:
         """Draw all segments; once.
@@ -152,7 +165,7 @@ class LongRun:
             if self.drawn < whole:
                 self._loop.advance(frame)
         opening = None if self._anchor is None else self._anchor.frames
-        may_go_back = self.long_form.max_drift is not None and self.drawn < whole
+        may_go_back = self._limit is not None and self.drawn < whole
         if may_go_back and (opening is None or opening.latents.shape[1] < self.carry):
             new = _frames_of(self.tokenizer, made, self._features)
             joined = new if opening is None else join_frames([opening, new])
@@ -257,7 +270,7 @@ class LongRun:
 
     def _has_drifted(self) -> bool:
         """Whether the next loop is to follow the first seconds again."""
-        limit, monitor = self.long_form.max_drift, self.monitor
+        limit, monitor = self._limit, self.monitor
         reading = None if limit is None or monitor is None else monitor.latest(self._anchored_at)
         if reading is None or self._anchor is None or limit is None or reading.largest <= limit:
             return False
@@ -309,7 +322,7 @@ class LongRun:
         text = self.asked.sentences[self._segment_number]
         begin = text if len(text) <= 40 else f"{text[:37]}..."
         limit_s = count / self.tokenizer.frame_rate_hz
-        self.warnings.append(f"sentence {self._segment_number + 1} ({begin}) stopped at its limit of {limit_s:.1f} s")
+        self._told.append(f"sentence {self._segment_number + 1} ({begin}) stopped at its limit of {limit_s:.1f} s")
 
 
 @torch.no_grad()

@@ -85,7 +85,8 @@ class AudioModel(LoadedModel):
                 audio may take after it; the result has none of it. Its text is unknown to the model but for
                 `reference_text`, and `text` begins after it.
             reference_text: What is said in the reference, if `text` goes on in the same voice.
-            keep_plan: Give what the same audio can be made from again, and with other latents (`sampling.render`).
+            keep_plan: Give what the same audio can be made from again, and with other latents (`sampling.render`); not
+                of what is read sentence by sentence or may be re-anchored.
             long_form: How what is too long to be made at once is made; see `LongForm`, its defaults where None.
             keep_interrupted: On Ctrl-C, return what was made so far, which then says so.
 
@@ -101,11 +102,11 @@ class AudioModel(LoadedModel):
             raise UserError("a continuous model draws no codes, so it has no plan to save; leave it out")
         long_form = long_form or LongForm()
         asked = asked_in_segments(self.requests, text, tags, past, duration, seed, controls, long_form)
-        if asked is not None and (asked.sentences is not None or long_form.max_drift is not None):
+        if asked is not None and (asked.sentences is not None or long_form.limit(reads=False) is not None):
             if keep_plan:
+                remedy = "ask for less text" if asked.sentences is not None else "give max_drift=inf"
                 raise UserError(
-                    "what is read sentence by sentence or re-anchored has no plan to save; leave it out, or ask for "
-                    "less text, or without max_drift"
+                    f"what is read sentence by sentence or re-anchored has no plan to save; leave it out, or {remedy}"
                 )
             return self._in_segments(asked, num_samples, long_form, keep_interrupted)
         if asked is not None:
@@ -215,10 +216,9 @@ class AudioModel(LoadedModel):
                 f"loudness={controls.loudness} LUFS needs the whole recording, which a stream has not; leave it out"
             )
         long_form = long_form or LongForm()
-        monitor = (
-            DriftMonitor(self.tokenizer, long_form.watch) if measure_drift or long_form.max_drift is not None else None
-        )
         asked = asked_in_segments(self.requests, text, tags, past, duration, seed, controls, long_form)
+        held = asked is not None and long_form.limit(reads=asked.sentences is not None) is not None
+        monitor = DriftMonitor(self.tokenizer, long_form.watch) if measure_drift or held else None
         if asked is not None:
             run = LongRun(self.requests, self.hear, asked, long_form, monitor)
             return self._streamed(
@@ -238,7 +238,8 @@ class AudioModel(LoadedModel):
         """Rows one after the other."""
         rows: list[GeneratedAudio] = []
         for row in range(num_samples):
-            monitor = None if long_form.max_drift is None else DriftMonitor(self.tokenizer, long_form.watch)
+            held = long_form.limit(reads=asked.sentences is not None) is not None
+            monitor = DriftMonitor(self.tokenizer, long_form.watch) if held else None
             run = LongRun(self.requests, self.hear, replace(asked, seed=asked.seed + row), long_form, monitor)
             drawn: list[Drawn] = []
             frames = watched(run.frames(), drawn.append)

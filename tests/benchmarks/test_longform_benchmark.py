@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import soundfile
+import torch
 
 from benchmarks import longform
 from tests.support.saved_model import save_tiny_model
+from tokenizer.audio import write_audio
 
 
 def test_recordings_figures_and_going_on(
@@ -20,9 +22,22 @@ def test_recordings_figures_and_going_on(
     text.write_text("Good morning to you. The fox is quick! How do you do? She sells sea shells. " * 2)
     output, figures = tmp_path / "made", tmp_path / "figures.json"
     words = [str(text), "--model", str(model), "--minutes", "0.04", "--window", "0.4", "--anchor", "1"]
-    words += ["--segment", "0.4", "--max-drift", "0.5", "--output", str(output), "--json", str(figures)]
+    words += [
+        "--segment",
+        "0.4",
+        "--carry",
+        "0.4",
+        "--max-drift",
+        "0.5",
+        "--output",
+        str(output),
+        "--json",
+        str(figures),
+    ]
     files = ["--markdown", str(tmp_path / "a.md"), "--picture", str(tmp_path / "a.png")]
-    assert longform.main([*words, *files]) == 0
+    monkeypatch.setattr(longform, "REAL_SECONDS", 3.0)
+    write_audio(tmp_path / "real" / "hum.wav", 0.1 * torch.randn(1, 80000), 24000)
+    assert longform.main([*words, *files, "--real", str(tmp_path / "real")]) == 0
     found = json.loads(figures.read_text())
     names = ["music-without-0", "text-without-0", "music-with-0", "text-with-0"]
     assert list(found["runs"]) == names
@@ -30,6 +45,7 @@ def test_recordings_figures_and_going_on(
         assert soundfile.info(output / f"{name}.wav").duration == found["runs"][name]["seconds"]
     assert found["runs"]["music-with-0"]["seconds"] == 2.4
     assert found["summary"]["music-without-0"]["re_anchorings"] == 0 < found["summary"]["music-with-0"]["re_anchorings"]
+    assert found["summary"]["real"]["windows"] == len(found["real"][0]["windows"]) > 3
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     written = (tmp_path / "a.md").read_text()
     assert written in capsys.readouterr().out and "| music-with-0 | 2 | " in written
@@ -44,6 +60,7 @@ def test_recordings_figures_and_going_on(
     stream = longform.AudioModel.generate_stream
     monkeypatch.setattr(longform.AudioModel, "generate_stream", only_one)
     assert longform.main(words) == 0
+    del found["summary"]["real"]
     assert len(made) == 1 and json.loads(figures.read_text())["summary"] == found["summary"]
 
 

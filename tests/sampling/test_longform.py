@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -82,7 +83,7 @@ def test_music_runs_on_in_one_loop_that_forgets(kind: str, monkeypatch: pytest.M
     model = maker(kind, max_frames=30)
     seen = requests_of(monkeypatch)
     asked: dict[str, Any] = {"tags": ["music"], "duration": 1.8, "seed": 3}
-    asked["long_form"] = LongForm(window_seconds=0.48, segment_seconds=0.4)
+    asked["long_form"] = LongForm(window_seconds=0.48, segment_seconds=0.4, max_drift=math.inf)
     streamed = torch.cat(list(model.generate_stream(**asked)), dim=-1)
     (request,) = seen
     made = model.generate(**asked)
@@ -137,8 +138,8 @@ def test_it_goes_back_to_the_frames_of_its_first_seconds(kind: str, monkeypatch:
             assert request.prompt.features.shape[1] == 7
 
 
-@pytest.mark.parametrize("max_drift", [None, 1e9])
-def test_long_rows_are_those_that_are_made_alone(max_drift: float | None) -> None:
+@pytest.mark.parametrize("max_drift", [math.inf, 1e9])
+def test_long_rows_are_those_that_are_made_alone(max_drift: float) -> None:
     """At once, or one after the other where each may go back to its beginning."""
     model, long_form = tiny_model(max_frames=30), LongForm(segment_seconds=0.8, max_drift=max_drift)
     rows = model.generate(duration=1.6, seed=3, num_samples=2, long_form=long_form, controls=Controls(loudness=-30.0))
@@ -250,6 +251,7 @@ def segmented(*asked: Any, **settings: Any) -> Sequence[str] | None:
 def test_what_is_made_in_segments() -> None:
     assert segmented(None, None) is None and segmented(None, 10.0) is None
     assert segmented(None, 10.1) == () and segmented(None, 7.0, max_drift=2.0) == ()
+    assert segmented(None, 7.0, max_drift=math.inf) is None and segmented(TEXT, None, max_drift=math.inf) is None
     assert segmented("Good morning.", None) is None and segmented("Good morning.", None, max_drift=2.0) is None
     assert segmented("Good morning.", 20.0) == ["Good morning."]
     assert segmented(TEXT, None) is None and segmented(f"{TEXT} {TEXT} {TEXT}", None) is not None
@@ -263,8 +265,8 @@ def test_what_is_made_in_segments() -> None:
     [
         ({"text": f"{TEXT} " * 3, "audio": recording(5)}, "give the recording as the reference"),
         ({"text": f"{TEXT} " * 3, "controls": Controls(min_duration=1.0)}, "min_duration=1.0 s"),
-        ({"duration": 11.0, "keep_plan": True, "long_form": LongForm(max_drift=2.0)}, "no plan to save"),
-        ({"text": f"{TEXT} " * 3, "keep_plan": True}, "no plan to save"),
+        ({"duration": 11.0, "keep_plan": True}, "no plan to save; leave it out, or give max_drift=inf"),
+        ({"text": f"{TEXT} " * 3, "keep_plan": True}, "no plan to save; leave it out, or ask for less text"),
         ({"duration": 1e6}, "at most 86400 s"),
         ({"text": "hm", "duration": float("nan")}, "duration=nan"),
         ({"tags": ["musik"], "duration": 20.0}, "unknown tag 'musik'"),
@@ -346,7 +348,8 @@ def ramp(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
 
 def test_a_model_that_grows_louder_goes_back_to_its_first_seconds(ramp: Callable[..., dict[str, Any]]) -> None:
     """Left alone it is more than 20 dB louder in the end; a band is at least 2 dB wide, and a segment adds 2.2 dB."""
-    free, held = ramp(None), ramp(2.0)
+    free, held = ramp(math.inf), ramp(2.0)
+    assert ramp(None)["re_anchorings"] != [], "what is longer than can be made at once is held without being asked to"
     assert free["re_anchorings"] == [] and free["drift"]["largest"] > 8
     drifts = [window["loudness_db"] for window in free["drift"]["windows"]]
     assert drifts == sorted(drifts), "it only grows"
@@ -393,7 +396,9 @@ def test_memory_does_not_grow_with_the_recording(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(sampling.pipeline, "LongRun", spy)
     monkeypatch.setattr(model.tokenizer, "streaming_decoder", lambda *_: LoudnessDecoder())
-    pieces: Iterator[torch.Tensor] = model.generate_stream(duration=60.0, chunk_frames=250)
+    pieces: Iterator[torch.Tensor] = model.generate_stream(
+        duration=60.0, chunk_frames=250, long_form=LongForm(segment_seconds=6.0, max_drift=math.inf)
+    )
     for _ in range(5):
         next(pieces)
     run = runs[0]

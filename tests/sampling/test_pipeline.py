@@ -336,3 +336,18 @@ def test_a_silent_recording_is_told_and_its_prompt_does_not_hide_it(monkeypatch:
     monkeypatch.setattr(model.tokenizer, "decode_latents", second_row_falls_silent)
     made = model.generate(audio=prompt(10 * 960), duration=0.4, num_samples=2, seed=4)
     assert made.warnings == ("seed 5: silent; use another seed",)
+
+
+def test_a_recording_that_falls_silent_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("hybrid")
+    decode = model.tokenizer.decode_latents
+
+    def falls_silent(latents: torch.Tensor) -> torch.Tensor:
+        waveform = decode(latents).clone()
+        waveform[..., 24000:] = 0
+        return waveform
+
+    monkeypatch.setattr(model.tokenizer, "decode_latents", falls_silent)
+    assert model.generate(duration=4.0, seed=4).warnings == ()
+    (told,) = model.generate(duration=4.4, seed=4).warnings
+    assert told.startswith("seed 4: silent from 1.0 s on; use another seed, or max_drift=8")
