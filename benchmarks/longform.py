@@ -11,8 +11,9 @@ so that the same command goes on where it was interrupted.
 
 Measured is every window of --window seconds, a second apart, against those of the first --anchor seconds
 (`sampling.monitor`), in widths of the bands that these have. Tables give the mean over the windows of each minute;
-windows that lie in the first seconds are not counted. With --real, the first minute of recordings of MUSIC is measured
-in the same way: a limit on drift that real music passes all the time would break off what is as it should be.
+windows that lie in the first seconds are not counted. With --real, a minute of recordings of MUSIC is measured in
+the same way, from 30 s on, for a model does not begin with an introduction either: a limit on drift that real music
+passes all the time would break off what is as it should be.
 
 Re-anchoring is by the same figures, so that what it gains in them is no proof that a listener gains: listen, too.
 """
@@ -44,7 +45,7 @@ from training.machine import machine
 from training.probe import write_json
 
 KINDS = ("music", "text")
-REAL_SECONDS, REAL_CLIPS = 60.0, 24
+REAL_START_SECONDS, REAL_SECONDS, REAL_CLIPS = 30.0, 60.0, 24
 NEVER = 1e9
 """Bands: made like the others, and never re-anchored."""
 
@@ -84,13 +85,13 @@ def make(model: AudioModel, name: str, asked: Mapping[str, Any], long_form: Long
 
 def measure_real(model: AudioModel, options: argparse.Namespace, watch: Watch) -> list[dict[str, Any]]:
     """The windows of each of the recordings, a minute of everyone."""
-    recordings, problems = choose(
-        options.real, options.split, options.where, REAL_SECONDS, REAL_CLIPS, model.sample_rate_hz
-    )
+    seconds, rate = REAL_START_SECONDS + REAL_SECONDS, model.sample_rate_hz
+    recordings, problems = choose(options.real, options.split, options.where, seconds, REAL_CLIPS, rate)
     for problem in problems:
         print(f"skipped: {problem}", file=sys.stderr)
     found = []
-    for key, waveform in recordings.items():
+    for key, whole in recordings.items():
+        waveform = whole[:, round(REAL_START_SECONDS * rate) :]
         monitor, frames = DriftMonitor(model.tokenizer, watch), model.tokenizer.encode(waveform[None])
         monitor.see_prompt(frames, codes=model.model.config.uses_codes, latents=model.model.config.predicts_latents)
         monitor.hear(waveform[None])

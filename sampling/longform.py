@@ -18,7 +18,7 @@ from tokenizer.errors import UserError
 
 PAUSE_SECONDS = 0.25
 MUSIC_MAX_DRIFT = 8.0
-"""Widths of the bands; of real music, 4 % of all windows are farther from the first seconds, and a model that has
+"""Widths of the bands; of real music, 3 % of all windows are farther from the first seconds, and a model that has
 fallen silent is 20 off (`python -m benchmarks.longform`)."""
 LONGEST_SECONDS = 24 * 3600.0
 """A WAV file of 16 bits at 24 kHz holds no more."""

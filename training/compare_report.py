@@ -150,7 +150,7 @@ def markdown(recipe: Recipe, domains: Mapping[str, Any], command: str, picture: 
         f"`{command}`",
         "",
         f"{recipe.seeds} seeds, {much} of at most {recipe.batch_frames} frames, windows of at most {recipe.max_frames} "
-        f"frames, peak learning rate {recipe.optimizer.learning_rate:g}, where the table does not say otherwise. Of "
+        f"frames, peak learning rate {recipe.optimizer.learning_rate:g}, where the rest does not say otherwise. Of "
         f"each clip of split {recipe.score} the first {recipe.test_seconds:g} s are scored{weights}. Brackets: 95 % "
         "intervals with seeds and clips drawn; differences are paired by clip, and below 0 the first model is the "
         "better one. Codes and totals are compared only where the very same codes or latents are scored.",
@@ -162,7 +162,11 @@ def markdown(recipe: Recipe, domains: Mapping[str, Any], command: str, picture: 
     ]
     for domain, figures in domains.items():
         lines += ["", *_domain(recipe, domain, figures)]
-    told = [f"- {name}: {variant.about}" for name, variant in recipe.variants.items() if variant.about]
+    told = []
+    for name, variant in recipe.variants.items():
+        rate = f"peak learning rate {variant.learning_rate:g}" if variant.learning_rate is not None else ""
+        if variant.about or rate:
+            told.append(f"- {name}: {'; '.join(filter(None, (variant.about, rate)))}")
     return "\n".join([*lines, *(["", *told] if told else [])]) + "\n"
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,6 +61,8 @@ class VariantConfig:
     """None: as many as the recipe has; large models may have fewer."""
     steps: int | None = None
     """None: as many as the recipe has."""
+    learning_rate: float | None = None
+    """At its peak. None: the recipe's; what suits a small model is too much for a large one."""
     about: str = ""
 
     def __post_init__(self) -> None:
@@ -67,6 +70,8 @@ class VariantConfig:
             raise ValueError(f"share={self.share} must be above 0 and at most 1")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps={self.steps} must be at least 1")
+        if self.learning_rate is not None and not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise ValueError(f"learning_rate={self.learning_rate} must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -226,7 +231,7 @@ def settings_of(recipe: Recipe, run: Run, steps: int) -> dict[str, Any]:
     """What a result says of how it was made: the training run's settings, and what is scored."""
     domain, variant, seed = run.name.split("/")
     train, test = caches_of(recipe, domain, variant)
-    fraction = recipe.validation_fraction
+    fraction, rate = recipe.validation_fraction, recipe.variants[variant].learning_rate
     section = {
         "tokenizer": recipe.tokenizer_of(variant),
         "data": {
@@ -247,7 +252,7 @@ def settings_of(recipe: Recipe, run: Run, steps: int) -> dict[str, Any]:
         folder=run.folder,
         seed=int(seed),
         steps=steps,
-        optimizer=recipe.optimizer,
+        optimizer=recipe.optimizer if rate is None else replace(recipe.optimizer, learning_rate=rate),
         precision=recipe.precision,
         ema_decay=recipe.ema_decay,
         validate_every=recipe.validate_every,

@@ -35,6 +35,7 @@ def test_recordings_figures_and_going_on(
         str(figures),
     ]
     files = ["--markdown", str(tmp_path / "a.md"), "--picture", str(tmp_path / "a.png")]
+    monkeypatch.setattr(longform, "REAL_START_SECONDS", 0.2)
     monkeypatch.setattr(longform, "REAL_SECONDS", 3.0)
     write_audio(tmp_path / "real" / "hum.wav", 0.1 * torch.randn(1, 80000), 24000)
     assert longform.main([*words, *files, "--real", str(tmp_path / "real")]) == 0

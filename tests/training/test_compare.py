@@ -18,6 +18,7 @@ from tokenizer.errors import UserError
 from tokenizer.settings import from_mapping
 from training import compare, estimates
 from training.compare_report import markdown, report_of
+from training.config import OptimizerConfig
 from training.corpus import TokenCache
 from training.derived import clips_beyond, write_derived
 from training.recipe import Recipe
@@ -53,7 +54,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             "continuous": {"model": {"representation": "continuous", "ffn_dim": 80}, "against": []},
             "hybrid": {"model": {"representation": "hybrid", "ffn_dim": 48}, "against": ["discrete", "continuous"]},
             "half": {"model": {**DISCRETE, "ffn_dim": 64}, "share": 0.5, "seeds": 1, "about": "half of the data"},
-            "zeroed": {"model": {**DISCRETE, **SLICES}, "control": "zeroed", "seeds": 1},
+            "zeroed": {"learning_rate": 1e-4, "model": {**DISCRETE, **SLICES}, "control": "zeroed", "seeds": 1},
             "coarsest": {"model": {**DISCRETE, "num_output_codebooks": 1}, "seeds": 1},
         },
         "model": {**shared, "short_context_frames": 0, "history_noise": 0, "condition_dropout": 0},
@@ -81,7 +82,8 @@ def test_a_comparison_from_one_command(
     assert run(recipe, tmp_path) == 0
     text = (tmp_path / "report.md").read_text()
     assert text.strip() in capsys.readouterr().out
-    assert "## tones (sines)" in text and "- half: half of the data" in text
+    assert "## tones (sines)" in text and "- half: half of the data\n" in text
+    assert "- zeroed: peak learning rate 0.0001" in text
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
     report = json.loads((tmp_path / "report.json").read_text())["domains"]["tones"]
     found = report["variants"]
@@ -124,6 +126,9 @@ def test_a_comparison_from_one_command(
 
     # Test clips have 20 frames (0.8 s) and more: all are cut there.
     folder = Path(recipe["output"]) / "tones"
+    for name, rate in (("discrete", OptimizerConfig().learning_rate), ("zeroed", 1e-4)):
+        made = json.loads((folder / name / "seed0" / "result.json").read_text())
+        assert made["training"]["optimizer"]["learning_rate"] == rate
     result = json.loads((folder / "hybrid" / "seed1" / "result.json").read_text())
     assert [clip["nll"]["num_frames"] for clip in result["clips"]] == [20, 20]
     assert all(clip["labels"]["goes_on"] == "true" for clip in result["clips"])
