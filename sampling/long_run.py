@@ -109,7 +109,7 @@ class LongRun:
         self._segment_number = 0
         self.drawn = 0
         """Frames so far."""
-        self._told: list[str] = [] if reads else list(long_form.unused(in_segments=True))
+        self.warnings: list[str] = [] if reads else list(long_form.unused(in_segments=True))
         self.re_anchorings: list[dict[str, Any]] = []
 
     @property
@@ -120,17 +120,16 @@ class LongRun:
         return max(of_frames, sum(sizes[: self._segment_number]) / sum(sizes) if sizes else 0.0)
 
     @property
-    def warnings(self) -> list[str]:
-        """What a listener should know."""
+    def went_back(self) -> tuple[str, ...]:
+        """What a listener should know of the times that it was re-anchored."""
         if not self.re_anchorings:
-            return self._told
-        first, limit = self.re_anchorings[0], self._limit
+            return ()
         more = "" if len(self.re_anchorings) == 1 else f" and {len(self.re_anchorings) - 1} more times"
-        return [
-            *self._told,
-            f"went back to its first seconds at {first['at_s']:.0f} s{more}, for it had left them by more than "
-            f"max_drift={limit:g} band widths",
-        ]
+        at_s = self.re_anchorings[0]["at_s"]
+        return (
+            f"seed {self.asked.seed}: went back to its first seconds at {at_s:.0f} s{more}, for it had left them by more "
+            f"than max_drift={self._limit:g} band widths",
+        )
 
     def frames(self) -> Iterator[Drawn | None]:
         """Draw all segments; once.
@@ -322,7 +321,7 @@ class LongRun:
         text = self.asked.sentences[self._segment_number]
         begin = text if len(text) <= 40 else f"{text[:37]}..."
         limit_s = count / self.tokenizer.frame_rate_hz
-        self._told.append(f"sentence {self._segment_number + 1} ({begin}) stopped at its limit of {limit_s:.1f} s")
+        self.warnings.append(f"sentence {self._segment_number + 1} ({begin}) stopped at its limit of {limit_s:.1f} s")
 
 
 @torch.no_grad()

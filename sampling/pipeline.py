@@ -251,7 +251,9 @@ class AudioModel(LoadedModel):
                 return as_interrupted(stack(rows))
             waveform = None if interrupted else torch.cat(pieces, dim=-1)  # of what was decoded, some frames lack
             made = assemble(self.tokenizer, self.source, run.first, drawn, waveform)
-            made = at_loudness(replace(made, warnings=(*run.warnings, *made.warnings)), asked.controls.loudness)
+            made = at_loudness(
+                replace(made, warnings=(*run.warnings, *run.went_back, *made.warnings)), asked.controls.loudness
+            )
             rows.append(made)
             if interrupted:
                 return as_interrupted(stack(rows))

@@ -129,6 +129,8 @@ def test_it_goes_back_to_the_frames_of_its_first_seconds(kind: str, monkeypatch:
     model, seen = maker(kind), requests_of(monkeypatch)
     made = model.generate(duration=1.6, seed=3, long_form=long_form)
     assert made.frames.lengths.tolist() == [40] and len(seen) > 2
+    (told,) = made.warnings
+    assert told.startswith("seed 3: went back to its first seconds at 1 s and") and "max_drift=0.001" in told
     for request in seen[1:]:
         assert request.prompt is not None and request.reference
         assert torch.equal(request.prompt.codes, made.frames.codes[:, :, :7])
