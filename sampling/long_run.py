@@ -127,8 +127,8 @@ class LongRun:
         more = "" if len(self.re_anchorings) == 1 else f" and {len(self.re_anchorings) - 1} more times"
         at_s = self.re_anchorings[0]["at_s"]
         return (
-            f"seed {self.asked.seed}: went back to its first seconds at {at_s:.0f} s{more}, for it had left them by more "
-            f"than max_drift={self._limit:g} band widths",
+            f"seed {self.asked.seed}: went back to its first seconds at {at_s:.0f} s{more}, for it had left them by "
+            f"more than max_drift={self._limit:g} band widths",
         )
 
     def frames(self) -> Iterator[Drawn | None]:
