@@ -30,6 +30,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import soundfile
 from rich.console import Console
 
 from benchmarks.drift import choose
@@ -46,6 +48,8 @@ from training.probe import write_json
 
 KINDS = ("music", "text")
 REAL_START_SECONDS, REAL_SECONDS, REAL_CLIPS = 30.0, 60.0, 24
+SILENT_DB = -60.0
+"""Of full scale: mean power of a second that counts as silent."""
 NEVER = 1e9
 """Bands: made like the others, and never re-anchored."""
 
@@ -99,6 +103,13 @@ def measure_real(model: AudioModel, options: argparse.Namespace, watch: Watch) -
     return found
 
 
+def silent_share(path: Path) -> float:
+    """Of the seconds of a recording, those below SILENT_DB."""
+    samples, rate = soundfile.read(path, dtype="float32")
+    seconds = samples[: len(samples) // rate * rate].reshape(-1, rate)
+    return float((10 * np.log10((seconds**2).mean(axis=1) + 1e-12) < SILENT_DB).mean()) if len(seconds) else 0.0
+
+
 def _largest(windows: Sequence[Mapping[str, float]]) -> list[float]:
     return [max(abs(value) for key, value in window.items() if key != "at_s") for window in windows]
 
@@ -124,7 +135,8 @@ def report(
         f"`{command}`",
         "",
         f"Drift from the first {options.anchor:g} s in band widths, windows of {options.window:g} s; the mean over "
-        f"each minute of the measure that is farthest off, re-anchored beyond {options.max_drift:g}.",
+        f"each minute of the measure that is farthest off, re-anchored beyond {options.max_drift:g}; silent are "
+        f"seconds below {SILENT_DB:g} dB.",
         "",
     ]
     summary: dict[str, Any] = {}
@@ -139,14 +151,18 @@ def report(
             "by_minute": by_minute(windows, None),
             "measures": {name: by_minute(windows, name) for name in measures},
             "unended": len(run["warnings"]),
+            "share_silent": silent_share(options.output / f"{name}.wav"),
         }
     count = max((len(one["by_minute"]) for one in summary.values()), default=0)
-    lines.append(_row(["recording", "seconds", "re-anchored", "outside", *(f"min {n + 1}" for n in range(count))]))
-    lines.append(_row(["---"] * (4 + count)))
+    lines.append(
+        _row(["recording", "seconds", "re-anchored", "outside", "silent", *(f"min {n + 1}" for n in range(count))])
+    )
+    lines.append(_row(["---"] * (5 + count)))
     for name, one in summary.items():
         cells = [_cell(value) for value in one["by_minute"]] + ["-"] * (count - len(one["by_minute"]))
         outside = "-" if one["share_outside"] is None else f"{100 * one['share_outside']:.0f} %"
-        lines.append(_row([name, f"{one['seconds']:.0f}", str(one["re_anchorings"]), outside, *cells]))
+        silent = f"{100 * one['share_silent']:.0f} %"
+        lines.append(_row([name, f"{one['seconds']:.0f}", str(one["re_anchorings"]), outside, silent, *cells]))
     lines += ["", "By measure, in the first and the last minute that are measured:", ""]
     lines += [_row(["recording", *FLOORS]), _row(["---"] * (1 + len(FLOORS)))]
     for name, one in summary.items():

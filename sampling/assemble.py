@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sampling.generate import Drawn, Request
+from sampling.longform import MUSIC_MAX_DRIFT
 from sampling.loudness import TRUE_PEAK_LIMIT_DB, gain_to
 from sampling.plan import Plan
 from tokenizer.frames import AudioFrames, Source, Tokenizer
@@ -78,8 +79,8 @@ def assemble(
             told.append(f"seed {seed + number}: silent; use another seed")
         elif length / tokenizer.sample_rate_hz - end_s > SILENT_END_SECONDS:
             told.append(
-                f"seed {seed + number}: silent from {end_s:.1f} s on; use another seed, or max_drift=8, which goes "
-                "back to the first seconds"
+                f"seed {seed + number}: silent from {end_s:.1f} s on; use another seed, or "
+                f"max_drift={MUSIC_MAX_DRIFT:g}, which goes back to the first seconds"
             )
     return GeneratedAudio(
         waveform=waveform,

@@ -46,6 +46,7 @@ def test_recordings_figures_and_going_on(
         assert soundfile.info(output / f"{name}.wav").duration == found["runs"][name]["seconds"]
     assert found["runs"]["music-with-0"]["seconds"] == 2.4
     assert found["summary"]["music-without-0"]["re_anchorings"] == 0 < found["summary"]["music-with-0"]["re_anchorings"]
+    assert found["summary"]["music-with-0"]["share_silent"] == 0.0
     assert found["summary"]["real"]["windows"] == len(found["real"][0]["windows"]) > 3
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     written = (tmp_path / "a.md").read_text()
@@ -77,3 +78,9 @@ def test_bad_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "none.txt" in capsys.readouterr().err
     assert longform.main([str(tmp_path / "none.txt"), "--output", str(tmp_path / "o"), "--anchor", "3"]) == 2
     assert "anchor_seconds=3" in capsys.readouterr().err
+
+
+def test_silent_seconds(tmp_path: Path) -> None:
+    seconds = torch.cat([0.1 * torch.randn(1, 24000), torch.zeros(1, 24000), 0.1 * torch.randn(1, 36000)], dim=1)
+    write_audio(tmp_path / "a.wav", seconds, 24000)
+    assert longform.silent_share(tmp_path / "a.wav") == pytest.approx(1 / 3)
