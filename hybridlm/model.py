@@ -11,6 +11,7 @@ Shapes: B batch, P prefix, T frames, L = T + 1 states, K codebooks, V codebook s
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -59,6 +60,22 @@ class HybridLM(nn.Module):
         self.packed: str | None = None
         """The precision that `hybridlm.precision.pack` gave the matrices; None: they are as they are trained."""
         self.register_state_dict_pre_hook(_refuse_packed)
+
+    # Learning rates
+
+    @property
+    def width(self) -> int:
+        """C, the width of the decoder's states."""
+        return self.config.hidden_dim
+
+    def hidden_matrices(self) -> Iterator[nn.Parameter]:
+        """The decoder's matrices, of which inputs and outputs both grow with the width.
+
+        At one learning rate Adam moves each weight by as much whatever the width, so that what a matrix puts out moves
+        in proportion to the number of its inputs: its rate should go with 1 / C (muP, Yang et al. 2022, arXiv
+        2203.03466). Embeddings, gains and heads have a side that does not grow, and keep theirs.
+        """
+        return (parameter for parameter in self.decoder.parameters() if parameter.ndim >= 2)
 
     # Whole sequences
 

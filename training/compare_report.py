@@ -12,6 +12,7 @@ import torch
 from hybridlm.likelihood import ClipNLL, bits_per_second
 from tokenizer.errors import UserError
 from tokenizer.files import replacing
+from training.config import OptimizerConfig
 from training.estimates import estimate
 from training.recipe import Recipe
 
@@ -150,7 +151,7 @@ def markdown(recipe: Recipe, domains: Mapping[str, Any], command: str, picture: 
         f"`{command}`",
         "",
         f"{recipe.seeds} seeds, {much} of at most {recipe.batch_frames} frames, windows of at most {recipe.max_frames} "
-        f"frames, peak learning rate {recipe.optimizer.learning_rate:g}, where the rest does not say otherwise. Of "
+        f"frames, peak learning rate {_rate(recipe.optimizer)}, where the rest does not say otherwise. Of "
         f"each clip of split {recipe.score} the first {recipe.test_seconds:g} s are scored{weights}. Brackets: 95 % "
         "intervals with seeds and clips drawn; differences are paired by clip, and below 0 the first model is the "
         "better one. Codes and totals are compared only where the very same codes or latents are scored.",
@@ -168,6 +169,12 @@ def markdown(recipe: Recipe, domains: Mapping[str, Any], command: str, picture: 
         if variant.about or rate:
             told.append(f"- {name}: {'; '.join(filter(None, (variant.about, rate)))}")
     return "\n".join([*lines, *(["", *told] if told else [])]) + "\n"
+
+
+def _rate(optimizer: OptimizerConfig) -> str:
+    base = optimizer.base_width
+    slower = "" if base is None else f" (the decoder's matrices at {base} / hidden_dim of it)"
+    return f"{optimizer.learning_rate:g}{slower}"
 
 
 def _domain(recipe: Recipe, domain: str, figures: Mapping[str, Any]) -> Iterator[str]:

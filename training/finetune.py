@@ -140,6 +140,8 @@ def run(
         notes += [note] if (note := align_texts(prepared.cache)) else []
     mapping = apply_overrides(_defaults(str(model), prepared.cache, output, config, start, lora), run_overrides)
     run_config, task_config, resolved = resolve_config(mapping, LanguageTaskConfig, where="finetune")
+    if lora and (base := run_config.optimizer.base_width) is not None:
+        raise UserError(f"optimizer.base_width={base} is for whole models; leave it out, or fine-tune without --lora")
     torch.manual_seed(run_config.seed)
     task = _task(task_config, run_config, start, size)
     if size is not None:

@@ -28,7 +28,7 @@ from training.first_lines import native_bf16, note_on_resume, notes_on_backend, 
 from training.guard import Guard
 from training.journal import Journal, Meter, pooled_means
 from training.layers import compile_layers, compiler_errors, keep_inputs_alone, uncompiled
-from training.optimizer import learning_rate
+from training.optimizer import learning_rate, set_learning_rate
 from training.processes import before_joining
 from training.state import (
     CannotWrite,
@@ -256,8 +256,7 @@ class _Run:
     def _update(self, turn: str, index: int, total: Tensor) -> tuple[Tensor, bool]:
         config, optimizer = self.optimizer_config(turn), self.optimizers[turn]
         rate = learning_rate(config, index, self.config.max_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        set_learning_rate(optimizer, rate)
         limit = self.guard.norm_limit(turn)
         norm, updated = self.backend.update(turn, self.trained[turn], optimizer, total, config.max_grad_norm, limit)
         if updated and self.guard.watches:

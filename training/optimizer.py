@@ -5,21 +5,42 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from tokenizer.errors import UserError
 from training.config import OptimizerConfig
+
+RATE_FACTOR = "rate_factor"
+"""A group's share of the learning rate."""
+
+
+@runtime_checkable
+class Widened(Protocol):
+    """A module whose layers within want a lower learning rate the wider they are; `HybridLM` is one."""
+
+    @property
+    def width(self) -> int: ...
+
+    def hidden_matrices(self) -> Iterable[nn.Parameter]: ...
 
 
 def make_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over the parameters that require gradients: matrices decay; gains, biases and norms do not."""
+    """AdamW over the parameters that require gradients: matrices decay; gains, biases and norms do not.
+
+    Raises:
+        UserError: `base_width` is given for a module that has no width.
+    """
+    hidden, factor = _hidden(module, config)
     parameters = [p for p in module.parameters() if p.requires_grad]
     matrices = [p for p in parameters if decays(p)]
     vectors = [p for p in parameters if not decays(p)]
     groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": [p for p in matrices if id(p) not in hidden], "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
+        {"params": [p for p in matrices if id(p) in hidden], "weight_decay": config.weight_decay, RATE_FACTOR: factor},
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
@@ -28,6 +49,24 @@ def make_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
         eps=config.eps,
         fused=True,
     )
+
+
+def _hidden(module: nn.Module, config: OptimizerConfig) -> tuple[set[int], float]:
+    """The matrices, by id, whose rate depends on the width, and their share of the learning rate."""
+    if config.base_width is None:
+        return set(), 1.0
+    if not isinstance(module, Widened):
+        raise UserError(
+            f"optimizer.base_width={config.base_width} is for language models, and {type(module).__name__} is none; "
+            "leave it out"
+        )
+    return {id(parameter) for parameter in module.hidden_matrices()}, config.base_width / module.width
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Have the next update made at `rate`, and in groups with a factor at that share of it."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get(RATE_FACTOR, 1.0)
 
 
 def decays(parameter: Tensor) -> bool:

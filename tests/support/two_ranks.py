@@ -47,7 +47,7 @@ ZERO3 = '{"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold"
 
 
 class Residual(nn.Module):
-    """A layer of its own, whose weights have odd sizes."""
+    """A layer of its own, whose weights have odd sizes; its matrix learns at a rate of its own."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,6 +70,11 @@ class Stack(nn.Module):
         self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
         self.seldom = nn.Parameter(torch.zeros(5))
         self.register_buffer("calls", torch.zeros(()), persistent=False)
+
+    width = 7
+
+    def hidden_matrices(self) -> Iterator[nn.Parameter]:
+        return (layer.linear.weight for layer in self.layers)
 
     def read(self, x: Tensor) -> Tensor:
         x = self.first(x)
@@ -138,7 +143,9 @@ def settings(output: Path, accumulate: int) -> RunConfig:
         accumulate=accumulate,
         spikes=SpikeConfig(loss_deviations=50.0, window=8, min_updates=4),
         ema_decay=0.9,
-        optimizer=OptimizerConfig(learning_rate=0.01, warmup_steps=3, weight_decay=0.1, max_grad_norm=0.5),
+        optimizer=OptimizerConfig(
+            learning_rate=0.01, warmup_steps=3, weight_decay=0.1, max_grad_norm=0.5, base_width=3
+        ),
     )
 
 

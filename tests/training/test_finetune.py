@@ -202,6 +202,8 @@ def test_a_rank_without_an_adapter_is_refused(folders: dict[str, str], tmp_path:
         run(folders["model"], Path(folders["cache"]), tmp_path / "m", FAST, rank=4)
     with pytest.raises(UserError, match="rank=-1 must be at least 1"):
         run(folders["model"], Path(folders["cache"]), tmp_path / "m", FAST, lora=True, rank=-1)
+    with pytest.raises(UserError, match=r"optimizer.base_width=64 is for whole models"):
+        run(folders["model"], Path(folders["cache"]), tmp_path / "m", ["optimizer.base_width=64"], lora=True)
 
 
 def test_without_the_library_nothing_is_encoded(

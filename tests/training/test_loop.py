@@ -5,17 +5,21 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from hybridlm.model import HybridLM
+from tests.support.tiny_audio_model import tiny_model
 from tests.support.toy_task import ToyTask
+from tests.support.two_ranks import SharedTask
 from tokenizer.errors import UserError
 from training.config import OptimizerConfig, RunConfig, apply_overrides, read_yaml, resolve
 from training.loop import fit
-from training.optimizer import AveragedWeights, learning_rate, make_optimizer
+from training.optimizer import AveragedWeights, learning_rate, make_optimizer, set_learning_rate
 
 
 def settings(output: Path, **changes: object) -> RunConfig:
@@ -189,6 +193,59 @@ def test_schedule_and_decay_groups() -> None:
     assert decayed == {(4, 3, 2)}
     assert groups[0]["weight_decay"] == 0.5
     assert groups[1]["weight_decay"] == 0
+
+
+def widened(width: int) -> HybridLM:
+    torch.manual_seed(width)
+    return HybridLM(replace(tiny_model("hybrid").model.config, hidden_dim=width, num_heads=2))
+
+
+def test_the_decoders_matrices_learn_more_slowly_the_wider_they_are() -> None:
+    model = widened(64)
+    optimizer = make_optimizer(model, OptimizerConfig(base_width=16, weight_decay=0.5))
+    set_learning_rate(optimizer, 0.8)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        matrix = parameter.ndim >= 2
+        assert rates.pop(id(parameter)) == pytest.approx(0.2 if name.startswith("decoder.") and matrix else 0.8), name
+        assert decay[id(parameter)] == (0.5 if matrix else 0), name
+    assert not rates
+
+
+def test_at_the_base_width_nothing_changes() -> None:
+    results = []
+    for base in (None, 32):
+        model = widened(32)
+        optimizer = make_optimizer(model, OptimizerConfig(base_width=base, weight_decay=0.5))
+        for step in range(3):
+            for index, parameter in enumerate(model.parameters()):
+                seed = torch.Generator().manual_seed(1000 * step + index)
+                parameter.grad = torch.randn(parameter.shape, generator=seed)
+            set_learning_rate(optimizer, 0.01)
+            optimizer.step()
+        results.append(list(model.parameters()))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+def test_a_step_moves_hidden_matrices_by_their_share(tmp_path: Path) -> None:
+    task = SharedTask(0)
+    before = {name: p.detach().clone() for name, p in task.model.named_parameters()}
+    optimizer = OptimizerConfig(learning_rate=0.01, warmup_steps=0, weight_decay=0, base_width=3)
+    fit(task, settings(tmp_path, max_steps=1, optimizer=optimizer), {})
+    for name, parameter in task.model.named_parameters():
+        if parameter.requires_grad and name != "seldom":
+            share = 3 / 7 if "linear.weight" in name else 1.0  # Adam's first step is the rate
+            assert float((parameter.detach() - before[name]).abs().median()) == pytest.approx(0.01 * share, rel=1e-3), (
+                name
+            )
+
+
+def test_a_module_without_a_width_is_refused() -> None:
+    with pytest.raises(UserError, match=r"optimizer.base_width=8 is for language models, and Linear is none"):
+        make_optimizer(torch.nn.Linear(2, 2), OptimizerConfig(base_width=8))
+    with pytest.raises(ValueError, match=r"base_width=0 must be at least 1"):
+        OptimizerConfig(base_width=0)
 
 
 def test_tensorboard_holds_figures_audio_and_spectrograms(tmp_path: Path) -> None:
