@@ -30,9 +30,9 @@ class OptimizerConfig:
     max_grad_norm: float = 1.0
     """Global norm to which gradients are clipped; 0 switches clipping off."""
     base_width: int | None = None
-    """`hidden_dim` of a language model whose decoder's matrices learn at `learning_rate`, as everything else does; those
-    of a wider one learn at base_width / hidden_dim of it, so that rates found with a small model suit a large one (muP,
-    Yang et al. 2022, arXiv 2203.03466). None: everything learns at one rate, whatever the width."""
+    """`hidden_dim` of a language model whose decoder's matrices learn at `learning_rate`, as everything else does;
+    those of a wider one learn at base_width / hidden_dim of it, so that rates found with a small model suit a large one
+    (muP, Yang et al. 2022, arXiv 2203.03466). None: everything learns at one rate, whatever the width."""
 
     def __post_init__(self) -> None:
         if self.base_width is not None and self.base_width < 1:

@@ -58,6 +58,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             "coarsest": {"model": {**DISCRETE, "num_output_codebooks": 1}, "seeds": 1},
         },
         "model": {**shared, "short_context_frames": 0, "history_noise": 0, "condition_dropout": 0},
+        "optimizer": {"base_width": 8},
         "steps": 2,
         "seeds": 2,
         "validate_every": 1,
@@ -83,7 +84,7 @@ def test_a_comparison_from_one_command(
     text = (tmp_path / "report.md").read_text()
     assert text.strip() in capsys.readouterr().out
     assert "## tones (sines)" in text and "- half: half of the data\n" in text
-    assert "- zeroed: peak learning rate 0.0001" in text
+    assert "- zeroed: peak learning rate 0.0001" in text and "(the decoder's matrices at 8 / hidden_dim of it)" in text
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
     report = json.loads((tmp_path / "report.json").read_text())["domains"]["tones"]
     found = report["variants"]
@@ -129,6 +130,7 @@ def test_a_comparison_from_one_command(
     for name, rate in (("discrete", OptimizerConfig().learning_rate), ("zeroed", 1e-4)):
         made = json.loads((folder / name / "seed0" / "result.json").read_text())
         assert made["training"]["optimizer"]["learning_rate"] == rate
+        assert made["training"]["optimizer"]["base_width"] == 8
     result = json.loads((folder / "hybrid" / "seed1" / "result.json").read_text())
     assert [clip["nll"]["num_frames"] for clip in result["clips"]] == [20, 20]
     assert all(clip["labels"]["goes_on"] == "true" for clip in result["clips"])
