@@ -55,6 +55,8 @@ def assemble(
     request: Request,
     drawn: Sequence[Drawn],
     waveform: Float[Tensor, "1 1 S"] | None = None,
+    *,
+    held: bool = False,
 ) -> GeneratedAudio:
     """The audio of frames that were drawn one after the other.
 
@@ -64,6 +66,7 @@ def assemble(
         request: What was drawn for.
         drawn: At least one frame.
         waveform: Of a single row, where it is decoded already.
+        held: It was made under a drift limit, which is no remedy for its silence then.
     """
     made = torch.stack([step.active for step in drawn], dim=1).sum(dim=1).cpu()
     frames = _join(tokenizer, source, request, drawn, made)
@@ -78,10 +81,8 @@ def assemble(
         if not len(loud):
             told.append(f"seed {seed + number}: silent; use another seed")
         elif length / tokenizer.sample_rate_hz - end_s > SILENT_END_SECONDS:
-            told.append(
-                f"seed {seed + number}: silent from {end_s:.1f} s on; use another seed, or "
-                f"max_drift={MUSIC_MAX_DRIFT:g}, which goes back to the first seconds"
-            )
+            remedy = "" if held else f", or max_drift={MUSIC_MAX_DRIFT:g}, which goes back to the first seconds"
+            told.append(f"seed {seed + number}: silent from {end_s:.1f} s on; use another seed{remedy}")
     return GeneratedAudio(
         waveform=waveform,
         sample_rate_hz=tokenizer.sample_rate_hz,

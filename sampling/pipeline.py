@@ -250,7 +250,7 @@ class AudioModel(LoadedModel):
             if interrupted and not drawn:
                 return as_interrupted(stack(rows))
             waveform = None if interrupted else torch.cat(pieces, dim=-1)  # of what was decoded, some frames lack
-            made = assemble(self.tokenizer, self.source, run.first, drawn, waveform)
+            made = assemble(self.tokenizer, self.source, run.first, drawn, waveform, held=held)
             made = at_loudness(
                 replace(made, warnings=(*run.warnings, *run.went_back, *made.warnings)), asked.controls.loudness
             )

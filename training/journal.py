@@ -91,7 +91,7 @@ class Journal:
         if not self._active:
             return
         figures = "  ".join(f"{name} {value:.4g}" for name, value in losses.items())
-        text = f"{figures}  {speed:,.0f} frames/s  {_clock(remaining_s)} left"
+        text = f"{figures}  {speed:,.0f} frames/s  {clock(remaining_s)} left"
         if self._progress is not None:
             self._progress.update(self._bar, completed=step, description=text)
         else:
@@ -177,7 +177,7 @@ def _drop_after(path: Path, step: int) -> None:
     os.replace(temporary, path)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -26,7 +26,7 @@ from training.config import OptimizerConfig, RunConfig
 from training.distributed import Replicas, open_backend
 from training.first_lines import native_bf16, note_on_resume, notes_on_backend, notes_on_data, notes_on_weights
 from training.guard import Guard
-from training.journal import Journal, Meter, pooled_means
+from training.journal import Journal, Meter, clock, pooled_means
 from training.layers import compile_layers, compiler_errors, keep_inputs_alone, uncompiled
 from training.optimizer import learning_rate, set_learning_rate
 from training.processes import before_joining
@@ -43,6 +43,11 @@ from training.state import (
     save_checkpoint,
 )
 from training.task import Batch, Task
+
+SETTLED_STEPS = 3
+"""The first ones take longer: kernels are chosen, memory is fetched, layers compiled."""
+SOON_S = 10.0
+"""Where the first figures come sooner, nothing is foretold."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,7 +175,7 @@ class _Run:
 
     def train(self) -> RunResult:
         config, progress = self.config, self.progress
-        meter = Meter()
+        meter, made = Meter(), 0
         stream = Prefetch(self.batches, warning_s=config.stall_warning_s, limit_s=config.stall_limit_s, tell=self._tell)
         with stream, Interrupts() as interrupts:
             self._set_training(True)
@@ -182,11 +187,14 @@ class _Run:
                 losses, frames = self.step(micro_batches)
                 elapsed = time.perf_counter() - started
                 progress.seconds += elapsed
+                made += 1
                 meter.add(losses, frames * self.backend.num_processes, elapsed)
                 last = progress.step == config.max_steps
                 if progress.step % config.log_every == 0 or last:
                     self._log(meter)
                     meter = Meter(meter.seconds_per_step)
+                elif made == SETTLED_STEPS:
+                    self._foretell(elapsed)
                 validating = progress.step % config.validate_every == 0 or last
                 listening = progress.step % (config.sample_every or config.validate_every) == 0 or last
                 if validating:
@@ -354,6 +362,14 @@ class _Run:
     def _set_training(self, mode: bool) -> None:
         for module in self.modules.values():
             module.train(mode)
+
+    def _foretell(self, seconds: float) -> None:
+        """How long a step takes, where the first figures keep one waiting."""
+        step, every, steps = self.progress.step, self.config.log_every, self.config.max_steps
+        if seconds * (min(steps, every) - step % every) >= SOON_S:
+            self.journal.say(
+                f"a step takes {seconds:.1f} s, {clock((steps - step) * seconds)} left; figures every {every} steps"
+            )
 
     def _log(self, meter: Meter) -> None:
         means = pooled_means(self.backend.everybody(meter.totals()))

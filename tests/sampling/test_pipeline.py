@@ -7,11 +7,14 @@ import pytest
 import soundfile
 import torch
 
+import sampling.pipeline
 from hybridlm.checkpoint import save_model
 from hybridlm.model import HybridLM
+from sampling.assemble import GeneratedAudio
 from sampling.controls import TEXT_GUIDANCE, Controls
 from sampling.generate import Drawn, Hear, Request, generate_frames
 from sampling.limits import FASTEST_SECONDS_PER_BYTE, SLACK_SECONDS, SLOWEST_SECONDS_PER_BYTE
+from sampling.longform import LongForm
 from sampling.pipeline import AudioModel, load
 from tests.support.tiny_audio_model import tiny_model
 from tokenizer.errors import UserError
@@ -351,3 +354,13 @@ def test_a_recording_that_falls_silent_is_told(monkeypatch: pytest.MonkeyPatch) 
     assert model.generate(duration=4.0, seed=4).warnings == ()
     (told,) = model.generate(duration=4.4, seed=4).warnings
     assert told.startswith("seed 4: silent from 1.0 s on; use another seed, or max_drift=8")
+    # Going back is no remedy where it is done already.
+    made = sampling.pipeline.assemble
+
+    def silenced(*given: Any, **options: Any) -> GeneratedAudio:
+        *rest, waveform = given
+        return made(*rest, waveform * (torch.arange(waveform.shape[-1]) < 24000), **options)
+
+    monkeypatch.setattr(sampling.pipeline, "assemble", silenced)
+    held = model.generate(duration=7.0, seed=4, long_form=LongForm(max_drift=1e9)).warnings
+    assert held == ("seed 4: silent from 1.0 s on; use another seed",)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -239,6 +240,17 @@ def test_a_step_moves_hidden_matrices_by_their_share(tmp_path: Path) -> None:
             assert float((parameter.detach() - before[name]).abs().median()) == pytest.approx(0.01 * share, rel=1e-3), (
                 name
             )
+
+
+def test_slow_steps_say_how_long_the_run_takes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit(ToyTask(), settings(tmp_path / "quick", log_every=6), {})
+    assert "a step takes" not in capsys.readouterr().err
+    monkeypatch.setattr("training.loop.SOON_S", 1e-9)
+    fit(ToyTask(), settings(tmp_path / "slow", log_every=6), {})
+    said = capsys.readouterr().err
+    assert re.search(r"a step takes 0\.\d s, 0:00:00 left; figures every 6 steps\n.*step 6/6 ", said, re.DOTALL)
 
 
 def test_a_module_without_a_width_is_refused() -> None:
