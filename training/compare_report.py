@@ -165,7 +165,7 @@ def markdown(recipe: Recipe, domains: Mapping[str, Any], command: str, picture: 
         lines += ["", *_domain(recipe, domain, figures)]
     told = []
     for name, variant in recipe.variants.items():
-        rate = f"peak learning rate {variant.learning_rate:g}" if variant.learning_rate is not None else ""
+        rate = f"peak learning rate {_rate(recipe.optimizer_of(name))}" if variant.optimizer else ""
         if variant.about or rate:
             told.append(f"- {name}: {'; '.join(filter(None, (variant.about, rate)))}")
     return "\n".join([*lines, *(["", *told] if told else [])]) + "\n"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import re
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from tokenizer.settings import from_mapping
 from training.config import OptimizerConfig
 from training.derived import Control
 from training.fidelity import FidelityConfig
@@ -61,8 +61,8 @@ class VariantConfig:
     """None: as many as the recipe has; large models may have fewer."""
     steps: int | None = None
     """None: as many as the recipe has."""
-    learning_rate: float | None = None
-    """At its peak. None: the recipe's; what suits a small model is too much for a large one."""
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    """Fields of `OptimizerConfig` of its own; the rate that suits a small model is too much for a large one."""
     about: str = ""
 
     def __post_init__(self) -> None:
@@ -70,8 +70,6 @@ class VariantConfig:
             raise ValueError(f"share={self.share} must be above 0 and at most 1")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps={self.steps} must be at least 1")
-        if self.learning_rate is not None and not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise ValueError(f"learning_rate={self.learning_rate} must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,6 +145,7 @@ class Recipe:
         if self.base not in self.variants:
             raise ValueError(f"base={self.base} must be one of the variants, {names}")
         for name, variant in self.variants.items():
+            self.optimizer_of(name)
             for other in variant.against or ():
                 if other not in self.variants or other == name:
                     raise ValueError(f"variants.{name}.against={other} must be another one of {names}")
@@ -177,6 +176,11 @@ class Recipe:
     def model_of(self, variant: str) -> dict[str, Any]:
         """Fields of a variant's `ModelConfig`."""
         return {**self.model, "max_frames": self.max_frames, **self.variants[variant].model}
+
+    def optimizer_of(self, variant: str) -> OptimizerConfig:
+        """A variant's optimizer."""
+        own = self.variants[variant].optimizer
+        return from_mapping(OptimizerConfig, {**asdict(self.optimizer), **own}, where=f"variants.{variant}.optimizer")
 
 
 def slug(name: str) -> str:
@@ -231,7 +235,7 @@ def settings_of(recipe: Recipe, run: Run, steps: int) -> dict[str, Any]:
     """What a result says of how it was made: the training run's settings, and what is scored."""
     domain, variant, seed = run.name.split("/")
     train, test = caches_of(recipe, domain, variant)
-    fraction, rate = recipe.validation_fraction, recipe.variants[variant].learning_rate
+    fraction = recipe.validation_fraction
     section = {
         "tokenizer": recipe.tokenizer_of(variant),
         "data": {
@@ -252,7 +256,7 @@ def settings_of(recipe: Recipe, run: Run, steps: int) -> dict[str, Any]:
         folder=run.folder,
         seed=int(seed),
         steps=steps,
-        optimizer=recipe.optimizer if rate is None else replace(recipe.optimizer, learning_rate=rate),
+        optimizer=recipe.optimizer_of(variant),
         precision=recipe.precision,
         ema_decay=recipe.ema_decay,
         validate_every=recipe.validate_every,

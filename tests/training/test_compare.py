@@ -54,7 +54,12 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             "continuous": {"model": {"representation": "continuous", "ffn_dim": 80}, "against": []},
             "hybrid": {"model": {"representation": "hybrid", "ffn_dim": 48}, "against": ["discrete", "continuous"]},
             "half": {"model": {**DISCRETE, "ffn_dim": 64}, "share": 0.5, "seeds": 1, "about": "half of the data"},
-            "zeroed": {"learning_rate": 1e-4, "model": {**DISCRETE, **SLICES}, "control": "zeroed", "seeds": 1},
+            "zeroed": {
+                "optimizer": {"learning_rate": 1e-4},
+                "model": {**DISCRETE, **SLICES},
+                "control": "zeroed",
+                "seeds": 1,
+            },
             "coarsest": {"model": {**DISCRETE, "num_output_codebooks": 1}, "seeds": 1},
         },
         "model": {**shared, "short_context_frames": 0, "history_noise": 0, "condition_dropout": 0},
@@ -84,7 +89,7 @@ def test_a_comparison_from_one_command(
     text = (tmp_path / "report.md").read_text()
     assert text.strip() in capsys.readouterr().out
     assert "## tones (sines)" in text and "- half: half of the data\n" in text
-    assert "- zeroed: peak learning rate 0.0001" in text and "(the decoder's matrices at 8 / hidden_dim of it)" in text
+    assert "- zeroed: peak learning rate 0.0001 (the decoder's matrices at 8 / hidden_dim of it)\n" in text
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
     report = json.loads((tmp_path / "report.json").read_text())["domains"]["tones"]
     found = report["variants"]
@@ -224,6 +229,11 @@ def test_the_command_line(
         ({"compute": 1e9}, "give either steps=2 or compute=1000000000.0"),
         ({"variants": {"discrete": {"seeds": 3}}}, "seeds=3 must be from 1 to seeds=2"),
         ({"variants": {"discrete": {"against": ["other"]}}}, "against=other must be another one of discrete"),
+        (
+            {"variants": {"discrete": {"optimizer": {"learning_rate": 0}}}},
+            r"discrete.optimizer: learning_rate=0.0 must",
+        ),
+        ({"variants": {"discrete": {"optimizer": {"rate": 1.0}}}}, r"variants.discrete.optimizer.*rate"),
         ({"variants": {"discrete": {"share": 0}}}, "share=0.0 must be above 0"),
         ({"domains": {"tones": {"caches": ["x"], "data": "y"}}}, "give either data, .* or caches"),
         ({"domains": {"tones": {"caches": ["x"], "fidelity": {}}}}, "fidelity needs the recordings themselves"),
