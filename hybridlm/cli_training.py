@@ -44,6 +44,14 @@ def prepare(
     split: Annotated[
         str | None, typer.Option(metavar="NAME", help="Only clips of this split, and those without one.")
     ] = None,
+    trim_silence: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            min=0.0,
+            help="Cut silence at clips' ends down to this: what ends in silence teaches a model to fall silent.",
+        ),
+    ] = None,
     format: Annotated[
         CacheFormat, typer.Option(help="Of tokens: rows, or tar files in WebDataset's layout, for object stores.")
     ] = CacheFormat.rows,
@@ -55,7 +63,8 @@ def prepare(
     from training.processes import joined
 
     with joined() as processes:
-        shared: dict[str, Any] = {"workers": workers, "split": split, "processes": processes}
+        shared: dict[str, Any] = {"workers": workers, "split": split, "trim_silence_s": trim_silence}
+        shared["processes"] = processes
         with processes.agreed():
             if audio and format is not CacheFormat.rows:
                 raise UserError("--format tar is of tokens; leave it out with --audio")

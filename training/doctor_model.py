@@ -169,7 +169,8 @@ def stop_verdict(found: Checkpoint, cache: TokenCache) -> Verdict:
         f"any other frame; {early} more likely than not stopped {STOP_WINDOW_S:g} s early",
         look=not 0.5 <= ratio <= 2.0 or end < 5 * rest or 4 * early > ends,
         broken=not math.isfinite(ratio),
-        remedy="output will be cut off or run on: fine-tune on clips that end where the text ends, and trim silence",
+        remedy="output will be cut off or run on: fine-tune on clips that end where the text ends, and trim silence "
+        "(`hybridlm prepare --trim-silence 0.3`)",
         figures={"foreseen": expected, "ends": ends, "at_the_end": end, "elsewhere": rest, "early": early},
     )
 

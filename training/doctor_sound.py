@@ -24,6 +24,7 @@ from tokenizer.audio import audio_blocks, audio_info
 from tokenizer.mel import mel_filterbank
 from tokenizer.metrics import level_db, silence_ratio
 from training.manifest import Clip
+from training.silent_ends import sound_span
 from training.verdict import Verdict, judge
 
 LONGEST_S = 30.0
@@ -87,7 +88,7 @@ def listen(clip: Clip) -> Sound:
         bandwidth_hz=bandwidth_hz(x, rate),
         clipped=clipped_share(x.numpy()),
         silence=silence_ratio(x, rate),
-        edge_silence_s=_edge_silence(x.numpy(), rate),
+        edge_silence_s=_edge_silence(x, rate),
         offset=float(x.double().mean()),
         level_db=level_db(x),
         peak=float(x.abs().max()),
@@ -139,13 +140,9 @@ def clipped_share(x: npt.NDArray[np.float32]) -> float:
     return float((ends - starts)[cut].sum()) / len(x)
 
 
-def _edge_silence(x: npt.NDArray[np.float32], rate: int) -> float:
-    width = max(rate // 50, 1)
-    frames = x[: len(x) // width * width].reshape(-1, width)
-    loud = np.flatnonzero((frames.astype(np.float64) ** 2).mean(axis=1) >= 1e-5)
-    if len(loud) == 0:
-        return len(x) / rate
-    return float(max(loud[0], len(frames) - 1 - loud[-1])) * width / rate
+def _edge_silence(x: Float[Tensor, " S"], rate: int) -> float:
+    begin, end = sound_span([x], rate) or (len(x) / rate, 0.0)
+    return max(begin, len(x) / rate - end)
 
 
 def _print(x: Tensor, rate: int) -> npt.NDArray[np.float32]:
@@ -213,7 +210,8 @@ def sound_verdicts(sounds: Sequence[Sound], of_clips: int, model_rate_hz: int) -
             f"half have less than {quiet:.0%}",
             look=bool(silent) or 10 * len(edges) > count or quiet > 0.5,
             broken=2 * len(silent) > count,
-            remedy="drop silent clips and trim the ends: a model learns to be silent",
+            remedy="trim the ends (`hybridlm prepare --trim-silence 0.3`, which leaves silent clips out): a model "
+            "learns to be silent",
             figures={"silent": len(silent), "long_ends": len(edges), "median_share": quiet},
             examples=[s.clip.key for s in [*silent, *edges]],
         ),

@@ -27,6 +27,7 @@ from training.manifest import Clip, Manifest, read_manifest
 from training.processes import Processes
 from training.progress import ClipMeter
 from training.shards import ShardWriter
+from training.silent_ends import SilentEnds
 
 Arrays = dict[str, npt.NDArray[Any]]
 _PIECE_S = 20.0
@@ -46,6 +47,10 @@ class PrepareReport:
     """Audio written now."""
     problems: list[str]
     """One line for each skipped clip; also in the cache's `problems.txt`."""
+    num_trimmed: int = 0
+    """Clips written now that lost silence at their ends."""
+    trimmed_s: float = 0.0
+    """Seconds of it."""
     letters: Letters | None = None
     """How well text pieces know the texts, where some were given."""
 
@@ -57,6 +62,7 @@ def prepare_audio(
     sample_rate_hz: int = 24_000,
     workers: int = 2,
     split: str | None = None,
+    trim_silence_s: float | None = None,
     console: Console | None = None,
     processes: Processes | None = None,
 ) -> PrepareReport:
@@ -69,6 +75,8 @@ def prepare_audio(
         sample_rate_hz: Rate to resample to.
         workers: Threads that decode.
         split: Keep only this split.
+        trim_silence_s: Seconds of silence (below -50 dB) that stay at a clip's ends; None: all of it. Clips that are
+            silent throughout are skipped.
         console: Where progress and problems go; standard error by default.
         processes: That share the work, all with the same arguments, on a folder that all see; one by default.
 
@@ -76,18 +84,20 @@ def prepare_audio(
         UserError: no usable clip, or a folder that cannot be written or holds something else.
     """
 
+    trim = None if trim_silence_s is None else SilentEnds(trim_silence_s)
+
     def decode(clip: Clip) -> Arrays:
+        clip = clip if trim is None else trim(clip)
         blocks = audio_blocks(clip.audio, sample_rate_hz, clip.start, clip.read_duration, _PIECE_S)
         pieces = [(block[0].clamp(-1.0, 1.0) * 32767.0).round().to(torch.int16).numpy() for block in blocks]
         return {"audio": np.concatenate(pieces)[:, None]}
 
     def open_writer(rank: int) -> ShardWriter:
         streams = {"audio": Stream(dtype="int16", width=1)}
-        return ShardWriter(
-            Path(output), kind="audio", streams=streams, about={"sample_rate_hz": sample_rate_hz}, rank=rank
-        )
+        about = {"sample_rate_hz": sample_rate_hz, "trim_silence_s": trim_silence_s}
+        return ShardWriter(Path(output), kind="audio", streams=streams, about=about, rank=rank)
 
-    return _fill(open_writer, source, decode, float(sample_rate_hz), workers, split, console, processes)
+    return _fill(open_writer, source, decode, float(sample_rate_hz), workers, split, console, processes, trim)
 
 
 def prepare(
@@ -97,6 +107,7 @@ def prepare(
     *,
     workers: int = 2,
     split: str | None = None,
+    trim_silence_s: float | None = None,
     latent_dtype: Literal["float16", "float32"] = "float16",
     features: bool = True,
     text: TextTokenizer | None = None,
@@ -115,6 +126,8 @@ def prepare(
         tokenizer: A tokenizer, or the name or folder of one (or of a model that has one).
         workers: Threads that decode and encode.
         split: Keep only this split.
+        trim_silence_s: Seconds of silence (below -50 dB) that stay at a clip's ends; None: all of it. Clips that are
+            silent throughout are skipped.
         latent_dtype: How latents and features are stored.
         features: Whether features are stored, where the tokenizer has any.
         text: Pieces against which the letters of the texts are checked.
@@ -131,19 +144,22 @@ def prepare(
     encoder: Tokenizer = tokenizer
     streams = token_streams(encoder, latent_dtype, features=features)
 
+    trim = None if trim_silence_s is None else SilentEnds(trim_silence_s)
+
     def encode(clip: Clip) -> Arrays:
-        return encode_clip(clip, encoder, streams)
+        return encode_clip(clip if trim is None else trim(clip), encoder, streams)
 
     about = {
         "tokenizer": f"{encoder.name} {encoder.fingerprint()}",
         "frame_rate_hz": encoder.frame_rate_hz,
         "codebook_size": encoder.codebook_size,
+        "trim_silence_s": trim_silence_s,
     }
 
     def open_writer(rank: int) -> ShardWriter:
         return ShardWriter(Path(output), kind="tokens", streams=streams, about=about, layout=layout, rank=rank)
 
-    return _fill(open_writer, source, encode, encoder.frame_rate_hz, workers, split, console, processes, text)
+    return _fill(open_writer, source, encode, encoder.frame_rate_hz, workers, split, console, processes, trim, text)
 
 
 def token_streams(
@@ -206,6 +222,7 @@ def _fill(
     split: str | None,
     console: Console | None,
     processes: Processes | None,
+    trim: SilentEnds | None = None,
     text: TextTokenizer | None = None,
 ) -> PrepareReport:
     """Write what is missing, in the order of the source, whatever the number of workers; then write the index.
@@ -234,6 +251,8 @@ def _fill(
         missing = [clip for clip in shares if writer.places.get(clip.key, ("", None))[0] != stamps[clip.key]]
         with processes.agreed():
             share = _write(writer, missing, stamps, work, rows_per_second, workers, console)
+            if trim is not None:
+                share.num_trimmed, share.trimmed_s = trim.num_cut, trim.seconds
         everybody = processes.gather(share)
         problems += [problem for each in everybody for problem in each.problems.values()]
         gone = {key for each in everybody for key in each.problems}
@@ -249,6 +268,8 @@ def _fill(
                 num_written=sum(each.num_written for each in everybody),
                 seconds=sum(each.seconds for each in everybody),
                 problems=problems,
+                num_trimmed=sum(each.num_trimmed for each in everybody),
+                trimmed_s=sum(each.trimmed_s for each in everybody),
                 letters=None if text is None else letters_of((clip.text for clip in left), text),
             )
             _report(console, writer.folder, report)
@@ -264,6 +285,8 @@ class _Share:
 
     num_written: int = 0
     seconds: float = 0.0
+    num_trimmed: int = 0
+    trimmed_s: float = 0.0
     problems: dict[str, str] = field(default_factory=dict)
     """By the key of the clip."""
 
@@ -319,6 +342,8 @@ def _report(console: Console, folder: Path, report: PrepareReport) -> None:
         lines.append(f"{len(report.problems)} clips skipped, all listed in {folder / 'problems.txt'}")
     if report.letters is not None and (line := report.letters.line()):
         lines.append(line)
+    if report.num_trimmed:
+        lines.append(f"{report.trimmed_s / 60:.1f} min of silence cut off the ends of {report.num_trimmed} clips")
     lines.append(f"{folder}: {report.num_clips} clips, {report.num_written} of them new")
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
