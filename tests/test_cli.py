@@ -48,7 +48,10 @@ CONTRACT = {
     "bench": {"--model", "--precision", "--compile", "--duration", "--repeats", "--device", "--json"},
     "reconstruct": {"input", "output", "--tokenizer", "--from", "--num-codebooks", "--json"},
     "enhance": {"input", "output", "--model", "--phase", "--device", "--json"},
-    "prepare": {"source", "--output", "--tokenizer", "--workers", "--audio", "--sample-rate", "--split", "--format"},
+    "prepare": {
+        *("source", "--output", "--tokenizer", "--workers", "--audio", "--sample-rate", "--split", "--format"),
+        "--trim-silence",
+    },
     "train": {"config", "overrides", "--resume"},
     "finetune": {"--model", "--data", "--output", "--lora", "--rank", "--old-data", "overrides"},
     "plan": {"config", "overrides", "--gpus", "--hours-of-audio", "--backend", "--memory", "--tflops", "--json"},
