@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from tests.support.toy_task import ToyTask
 from training.config import OptimizerConfig, RunConfig
 from training.loop import fit
+from training.processes import leave
 from training.state import checkpoints
 from training.task import Batch
 
@@ -79,3 +80,4 @@ def run_one_of_two(output: str, rank: int) -> None:
 
 if __name__ == "__main__":
     run_one_of_two(sys.argv[1], int(sys.argv[2]))
+    leave()  # as the command line does
