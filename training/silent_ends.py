@@ -39,7 +39,7 @@ def sound_span(blocks: Iterable[Tensor], sample_rate_hz: int) -> tuple[float, fl
 
 
 class SilentEnds:
-    """Shortens clips to their sound; may be called by several threads.
+    """Shortens clips to their sound, which takes reading them once more; may be called by several threads.
 
     Args:
         keep_s: How many seconds of the silence at each end stay.
