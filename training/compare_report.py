@@ -289,31 +289,39 @@ def write_picture(path: Path, recipe: Recipe, domains: Mapping[str, Any]) -> Non
         for stream in columns
         if any(stream in row["streams"] for d in domains.values() for row in d["variants"].values())
     ]
-    figure = Figure(figsize=(6 * len(shown), 4.5 * len(domains)), layout="constrained")
+    figure = Figure(figsize=(7 * len(shown), 4.5 * len(domains)), layout="constrained")
     grid = figure.subplots(len(domains), len(shown), squeeze=False)
     for axes, (domain, figures) in zip(grid, domains.items(), strict=True):
         for axis, stream in zip(axes, shown, strict=True):
             for number, (name, row) in enumerate(figures["variants"].items()):
                 if stream in row["streams"]:
-                    _draw(axis, name, row, stream, f"C{number % 10}")
+                    _draw(axis, name, row, stream, _look(number))
             axis.set_title(domain)
             axis.set_xscale("log")
             axis.set_xlabel("training compute, FLOP")
             axis.set_ylabel(columns[stream])
-            axis.legend(fontsize="small")
+            axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))  # beside: no line lies under it
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
 
 
-def _draw(axis: Any, name: str, row: Mapping[str, Any], stream: str, color: str) -> None:
+def _look(number: int) -> tuple[str, str, str]:
+    """Colour, line and marker of a variant: there are ten colours, so the next ten have other lines and markers."""
+    again, color = divmod(number, 10)
+    styles = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))
+    return f"C{color}", *styles[again % len(styles)]
+
+
+def _draw(axis: Any, name: str, row: Mapping[str, Any], stream: str, look: tuple[str, str, str]) -> None:
     """One line; of a hybrid in the column of latents, codes and latents together."""
+    color, line, marker = look
     scale = bits_per_second(1.0, row["frame_rate_hz"])
     parts = [part for part in ("codes", "latents") if part in row["streams"]] if stream == "latents" else ["codes"]
     steps = [point["step"] for point in min(row["curves"], key=len)]
     flop = [step * row["flop"] / row["steps"] for step in steps]
     each = [[scale * sum(point[part] for part in parts) for point in curve[: len(steps)]] for curve in row["curves"]]
     at_step = list(zip(*each, strict=True))
-    axis.plot(flop, [_mean(values) for values in at_step], color=color, label=name)
+    axis.plot(flop, [_mean(values) for values in at_step], line, color=color, label=name)
     axis.fill_between(flop, [min(v) for v in at_step], [max(v) for v in at_step], color=color, alpha=0.2)
     values = [sum(row["streams"][part]["per_seed"][seed] for part in parts) for seed in range(len(each))]
     middle = scale * _mean(values)
@@ -322,7 +330,7 @@ def _draw(axis: Any, name: str, row: Mapping[str, Any], stream: str, color: str)
         [middle],
         yerr=[[middle - scale * min(values)], [scale * max(values) - middle]],
         color=color,
-        marker="o",
+        marker=marker,
         markersize=4,
         capsize=3,
     )

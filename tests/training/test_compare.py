@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from matplotlib.figure import Figure
 
 from tests.support.command import runner
 from tests.support.tiny_audio_model import tiny_tokenizer
@@ -17,7 +18,7 @@ from tests.support.toy_corpus import TINY_MODEL, write_clips
 from tokenizer.errors import UserError
 from tokenizer.settings import from_mapping
 from training import compare, estimates
-from training.compare_report import markdown, report_of
+from training.compare_report import markdown, report_of, write_picture
 from training.config import OptimizerConfig
 from training.corpus import TokenCache
 from training.derived import clips_beyond, write_derived
@@ -273,17 +274,16 @@ def results(kind: str, nats: float, seeds: int = 2, **other: Any) -> list[dict[s
     return found
 
 
-def of_two(base: str, variant: str) -> Recipe:
+def recipe_of(base: str, *variants: str) -> Recipe:
     domains = {"tones": {"data": "x"}}
-    return from_mapping(
-        Recipe, {"output": "x", "domains": domains, "variants": {base: {}, variant: {}}, "base": base, "steps": 1}
-    )
+    named: dict[str, Any] = {name: {} for name in (base, *variants)}
+    return from_mapping(Recipe, {"output": "x", "domains": domains, "variants": named, "base": base, "steps": 1})
 
 
 def test_differences_are_paired() -> None:
     """A difference far below the spread of the clips is exact when each clip is held against itself."""
     made = {"discrete": results("discrete", 0.25), "hybrid": results("hybrid", 0.0)}
-    figures = report_of(of_two("discrete", "hybrid"), made)
+    figures = report_of(recipe_of("discrete", "hybrid"), made)
     rows = {(row["stream"], row["set"]): row for row in figures["differences"]}
     assert set(rows) == {("codes", "all"), ("codes", "a"), ("codes", "b")}
     for row in rows.values():
@@ -298,7 +298,7 @@ def test_a_difference_of_seeds_widens_the_interval() -> None:
     made = {"discrete": results("discrete", 0.25), "hybrid": results("hybrid", 0.0)}
     for clip in made["hybrid"][1]["clips"]:
         clip["nll"]["codes"][0] += 0.5 * clip["nll"]["num_frames"]
-    row = report_of(of_two("discrete", "hybrid"), made)["differences"][0]
+    row = report_of(recipe_of("discrete", "hybrid"), made)["differences"][0]
     assert row["per_seed"] == pytest.approx([-0.25, 0.25])
     assert row["value"] == pytest.approx(0.0)
     assert row["interval"] == pytest.approx([-0.25, 0.25])
@@ -307,20 +307,32 @@ def test_a_difference_of_seeds_widens_the_interval() -> None:
 def test_a_run_that_waited_does_not_count_as_slow() -> None:
     made = {"discrete": results("discrete", 0.25), "hybrid": results("hybrid", 0.0)}
     made["hybrid"][0]["training_seconds"], made["hybrid"][1]["training_seconds"] = 6000.0, 30.0
-    recipe = of_two("discrete", "hybrid")
+    recipe = recipe_of("discrete", "hybrid")
     text = markdown(recipe, {"tones": report_of(recipe, made)}, "hybridlm compare", "x.png")
     row = next(line for line in text.splitlines() if line.startswith("| hybrid |"))
     assert row.endswith("| 0.5 | 3 |")
 
 
+def test_no_two_lines_of_the_picture_look_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"{number}" for number in range(23)]
+    recipe = recipe_of(*names)
+    report = report_of(recipe, {name: results("hybrid", 0.25) for name in names})
+    drawn: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k)))
+    write_picture(tmp_path / "x.png", recipe, {"tones": report})
+    lines = [line for line in drawn[0].axes[0].get_lines() if line.get_label() in names]
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == len(lines) == len(names)
+
+
 @pytest.mark.parametrize("other", [{"sigma": 0.2}, {"targets": {"codes": "d", "latents": "y"}}])
 def test_other_targets_are_not_compared(other: dict[str, Any]) -> None:
     made = {"one": results("hybrid", 0.25), "two": results("hybrid", 0.0, **other)}
-    assert not report_of(of_two("one", "two"), made)["differences"]
+    assert not report_of(recipe_of("one", "two"), made)["differences"]
     made = {"one": results("hybrid", 0.25), "two": results("hybrid", 0.0)}
-    assert {row["stream"] for row in report_of(of_two("one", "two"), made)["differences"]} == {"codes", "total"}
+    assert {row["stream"] for row in report_of(recipe_of("one", "two"), made)["differences"]} == {"codes", "total"}
     made = {"one": results("hybrid", 0.25), "two": results("hybrid", 0.0, scale_floor=0.1)}
-    assert {row["stream"] for row in report_of(of_two("one", "two"), made)["differences"]} == {"codes"}
+    assert {row["stream"] for row in report_of(recipe_of("one", "two"), made)["differences"]} == {"codes"}
 
 
 def test_a_variant_of_another_tokenizer_needs_data() -> None:
