@@ -334,5 +334,5 @@ def write_report(recipe: Recipe, path: Path, command: str) -> None:
     with replacing(path.with_name(f"{path.name}.md")) as temporary:
         temporary.write_text(text, encoding="utf-8")
     write_json(path.with_name(f"{path.name}.json"), {"command": command, "recipe": asdict(recipe), "domains": domains})
-    write_picture(path.with_name(f"{path.name}.png"), recipe, domains)
+    write_picture(path.with_name(f"{path.name}.png"), domains)
     print(text, flush=True)

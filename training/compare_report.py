@@ -275,7 +275,7 @@ def _cell(figure: Mapping[str, Any], digits: int, sign: str = "", scale: float =
 # The picture
 
 
-def write_picture(path: Path, recipe: Recipe, domains: Mapping[str, Any]) -> None:
+def write_picture(path: Path, domains: Mapping[str, Any]) -> None:
     """Bits a second of held-back clips against training compute, a line a variant, a band over its seeds; and of the
     test clips, as a point with a bar over its seeds.
 

@@ -320,7 +320,7 @@ def test_no_two_lines_of_the_picture_look_alike(tmp_path: Path, monkeypatch: pyt
     drawn: list[Figure] = []
     save = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k)))
-    write_picture(tmp_path / "x.png", recipe, {"tones": report})
+    write_picture(tmp_path / "x.png", {"tones": report})
     lines = [line for line in drawn[0].axes[0].get_lines() if line.get_label() in names]
     assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == len(lines) == len(names)
 
